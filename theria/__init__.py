@@ -1,0 +1,3 @@
+from theria.ops import sdpa
+
+__all__ = ["sdpa"]

@@ -1,0 +1,3 @@
+from theria.ops.sdpa import sdpa
+
+__all__ = ["sdpa"]
