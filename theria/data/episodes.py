@@ -1,0 +1,168 @@
+"""Few-shot episodes: N-way, K-shot tasks drawn from images by class."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from theria.data.classes import ClassDataset
+from theria.data.draws import Draws
+
+
+class Episode(NamedTuple):
+    """A batch of T tasks; a pytree, so that `torch.func.vmap` maps over its tasks."""
+
+    support_x: Tensor  # (T, N*K, *x)
+    support_y: Tensor  # (T, N*K) int64 in [0, N), or float targets (T, K, *y)
+    query_x: Tensor  # (T, N*Q, *x)
+    query_y: Tensor  # (T, N*Q)
+
+    def to(self, device: torch.device | str) -> Episode:
+        """The same episode on another device."""
+        return Episode(*(field.to(device) for field in self))
+
+    def task(self, index: int) -> Episode:
+        """One task of the batch, without the leading T."""
+        return Episode(*(field[index] for field in self))
+
+
+class TaskSource(Protocol):
+    """Where tasks come from."""
+
+    def sample(self, step: int) -> Episode:
+        """The episode of a step: a pure function of (seed, step), so that resuming needs the step alone."""
+        ...
+
+
+class EpisodeSampler:
+    """N-way, K-shot tasks with Q queries a class, T at a time.
+
+    The classes of a task are drawn without replacement and labelled 0..N-1 in the random order of their draw; the K
+    support and Q query samples of a class are drawn without replacement, so that no query is in its support. The items
+    of a task are shuffled: their position tells nothing of their label. Nothing loops over images or tasks in Python.
+
+    Args:
+        dataset: the images; moved to `device` once.
+        ways, shots, queries, tasks: N, K, Q and T, all at least 1.
+        seed: with the step, determines the episode on every machine.
+        within_groups: the probability that all classes of a task come from one group of the data set (drawn uniformly
+            from the groups with at least N classes). False and True are 0 and 1.
+        shuffle: False keeps the items class by class: item i of the support has label i // K.
+        device: where the images are held and the episodes are returned.
+
+    Raises:
+        TypeError, ValueError: a number that is not a positive integer, or more classes or samples than there are.
+    """
+
+    def __init__(
+        self,
+        dataset: ClassDataset,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int,
+        seed: int = 0,
+        within_groups: bool | float = False,
+        shuffle: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value in {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}.items():
+            check_positive("EpisodeSampler", name, value)
+        _check_enough(dataset, ways, shots, queries)
+        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
+        self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
+        self.within_groups = float(within_groups)
+        if not 0.0 <= self.within_groups <= 1.0:
+            raise ValueError(f"EpisodeSampler: within_groups={within_groups}; a probability in [0, 1] is needed")
+        self._groups = _groups_of(dataset, ways) if self.within_groups else None  # (G, C) bool
+        self._valid = torch.arange(dataset.images.shape[1]) < dataset.counts[:, None]  # (C, S) bool
+        self._flat = dataset.images.flatten(0, 1).to(device or dataset.images.device)  # (C*S, *x)
+
+    def sample(self, step: int) -> Episode:
+        """The T tasks of a step, pure in (seed, step). x float32 (uint8 images scaled to [0, 1]), y int64."""
+        check_step("EpisodeSampler", step)
+        draws = Draws(self.seed, step)
+        classes = self._classes(draws)  # (T, N)
+        samples = draws.choose(self._valid[classes], self.shots + self.queries)  # (T, N, K+Q)
+        rows = classes[..., None] * self._valid.shape[1] + samples
+        labels = torch.arange(self.ways)[:, None].expand(rows.shape)
+        support = self._arranged(draws, rows[..., : self.shots], labels[..., : self.shots])
+        query = self._arranged(draws, rows[..., self.shots :], labels[..., self.shots :])
+        support_x, query_x = self._gathered(support[0], query[0])
+        device = self._flat.device
+        return Episode(support_x, support[1].to(device), query_x, query[1].to(device))
+
+    def _classes(self, draws: Draws) -> Tensor:
+        """(T, N) int64, distinct in each row."""
+        allowed = torch.ones(self.tasks, len(self.dataset), dtype=torch.bool)
+        if self._groups is not None:
+            group = draws.integers(len(self._groups), self.tasks)
+            anywhere = draws.uniform(self.tasks) >= self.within_groups
+            allowed = self._groups[group] | anywhere[:, None]
+        return draws.choose(allowed, self.ways)
+
+    def _arranged(self, draws: Draws, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and labels (T, N, k) as (T, N*k), shuffled within each task if asked for."""
+        rows, labels = rows.flatten(1), labels.flatten(1)
+        if not self.shuffle:
+            return rows, labels
+        order = draws.permutation(*rows.shape)
+        return rows.gather(1, order), labels.gather(1, order)
+
+    def _gathered(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (T, n, *x) of both index sets, by one gather."""
+        index = torch.cat([support.flatten(), query.flatten()]).to(self._flat.device)
+        x = self._flat.index_select(0, index)
+        x = x.to(torch.float32).div_(255.0) if x.dtype == torch.uint8 else x.to(torch.float32)
+        support_x, query_x = x.split([support.numel(), query.numel()])
+        return support_x.view(*support.shape, *x.shape[1:]), query_x.view(*query.shape, *x.shape[1:])
+
+
+def check_positive(who: str, name: str, value: int) -> None:
+    """Raises unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{who}: {name}={value!r} is a {type(value).__name__}; a positive integer is needed")
+    if value < 1:
+        raise ValueError(f"{who}: {name}={value}; at least 1 is needed")
+
+
+def check_step(who: str, step: int) -> None:
+    """Raises unless `step` is an integer of at least 0."""
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"{who}: step={step!r} is a {type(step).__name__}; a non-negative integer is needed")
+    if step < 0:
+        raise ValueError(f"{who}: step={step}; steps count from 0")
+
+
+def _check_enough(dataset: ClassDataset, ways: int, shots: int, queries: int) -> None:
+    if ways > len(dataset):
+        raise ValueError(
+            f"EpisodeSampler: {ways} ways need {ways} classes, the data set has {len(dataset)}; lower `ways`, or add "
+            "classes (dataset.with_rotations() gives four times as many)"
+        )
+    smallest = int(dataset.counts.argmin())
+    have, need = int(dataset.counts[smallest]), shots + queries
+    if need > have:
+        raise ValueError(
+            f"EpisodeSampler: {shots} shots and {queries} queries need {need} samples a class, class {smallest} "
+            f"({dataset.names[smallest]!r}) has {have}; lower `shots` or `queries`, or drop the small classes: "
+            f"dataset.select(dataset.counts >= {need})"
+        )
+
+
+def _groups_of(dataset: ClassDataset, ways: int) -> Tensor:
+    """(G, C) bool: the classes of each group that has at least `ways` of them."""
+    names = sorted(set(dataset.groups))
+    number = {name: i for i, name in enumerate(names)}
+    group = torch.tensor([number[name] for name in dataset.groups])
+    member = group == torch.arange(len(names))[:, None]
+    sizes = member.sum(1)
+    if int(sizes.max()) < ways:
+        raise ValueError(
+            f"EpisodeSampler: within_groups needs a group of at least {ways} classes, the largest of the {len(names)} "
+            f"groups ({names[int(sizes.argmax())]!r}) has {int(sizes.max())}; lower `ways` or give within_groups=False"
+        )
+    return member[sizes >= ways]
