@@ -1,0 +1,47 @@
+"""Multi-head attention on the operator of `theria.ops`."""
+
+from torch import Tensor, nn
+
+from theria.ops import sdpa
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention of `x` to `context` (to itself when none is given).
+
+    Args:
+        d_model: width of the tokens; a multiple of `n_heads`.
+        n_heads: number of heads.
+        backend: which implementation of the operator runs, see `theria.ops.sdpa`.
+        is_causal: row i of `x` sees rows 0 to i of the context.
+
+    Raises:
+        ValueError: when `n_heads` does not divide `d_model`.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, *, backend: str = "auto", is_causal: bool = False) -> None:
+        super().__init__()
+        if d_model < 1 or n_heads < 1 or d_model % n_heads:
+            raise ValueError(
+                f"d_model={d_model}, n_heads={n_heads}: each head is d_model / n_heads wide, "
+                f"so d_model has to be a positive multiple of n_heads"
+            )
+        self.d_model, self.n_heads = d_model, n_heads
+        self.backend, self.is_causal = backend, is_causal
+        self.query = nn.Linear(d_model, d_model)
+        self.key = nn.Linear(d_model, d_model)
+        self.value = nn.Linear(d_model, d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """x (..., N, d_model), context (..., M, d_model), mask broadcastable to (..., H, N, M) -> (..., N, d_model)."""
+        context = x if context is None else context
+        q, k, v = self._heads(self.query(x)), self._heads(self.key(context)), self._heads(self.value(context))
+        o = sdpa(q, k, v, attn_mask=attn_mask, is_causal=self.is_causal, backend=self.backend)
+        return self.out(o.transpose(-3, -2).flatten(-2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(..., N, H * D) -> (..., H, N, D)."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(-3, -2)
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model}, {self.n_heads}, backend={self.backend!r}, is_causal={self.is_causal}"

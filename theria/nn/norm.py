@@ -1,0 +1,48 @@
+"""Normalisation in plain operations.
+
+NOTE [PyTorch's fused norms are wrong one order up]. `F.layer_norm` and `F.batch_norm` compute their tangent from the
+saved mean and reciprocal deviation, which autograd treats as constants: `grad(jvp)` and `jvp(jvp)` through them are
+wrong without an error (PyTorch 2.13: 40 % and 114 % on random input, pytorch/pytorch#196700); `jvp(grad)` and
+`grad(grad)` are right. The composition below is right in every mode and order, and as fast for small tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) over `dims`, biased variance; half precision leaves in float32."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+class LayerNorm(nn.Module):
+    """`nn.LayerNorm` over the last dimension, with the same parameters: (..., d) -> (..., d)."""
+
+    def __init__(self, d: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (standardise(x, (-1,), self.eps) * self.weight + self.bias).to(x.dtype)
+
+
+class BatchNorm2d(nn.Module):
+    """`nn.BatchNorm2d(track_running_stats=False)`, same parameters: (B, C, H, W) -> (B, C, H, W).
+
+    The statistics are always those of the batch, in training and in evaluation. There is no buffer to mutate, so it
+    runs under `vmap` and `functional_call`.
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = standardise(x, (-4, -2, -1), self.eps)
+        return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
