@@ -1,3 +1,3 @@
-from theria.ops.sdpa import sdpa
+from theria.ops.sdpa import Explanation, explain, sdpa
 
-__all__ = ["sdpa"]
+__all__ = ["Explanation", "explain", "sdpa"]

@@ -1,13 +1,186 @@
-"""Public entry points of the operator."""
+"""The public operator: argument checks, choice of the backend, and the way into and out of canonical form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from theria.ops import checks, reference
+from theria.ops.autograd import Forward
+from theria.ops.capabilities import CAPABILITIES, PREFERENCE
+from theria.ops.operands import AttentionSpec, Layout, Operands, canonical, default_scale, with_dropout
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
-         enable_gqa=False, seed=None, backend="auto") -> Tensor:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    S = query @ key.mT * scale
-    if is_causal:
-        S = S.masked_fill(torch.ones_like(S, dtype=torch.bool).triu(1), float("-inf"))
-    return S.softmax(-1) @ value
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked call in canonical form."""
+
+    layout: Layout
+    ops: Operands
+    spec: AttentionSpec
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call gets and why.
+
+    Attributes:
+        backend: the backend that computes the call; None when the named one cannot.
+        reason: why.
+        rejected: for every other backend, what it lacks for this call (or that a better one was taken).
+    """
+
+    backend: str | None
+    reason: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend or 'no backend'}: {self.reason}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected.items()])
+
+
+def choose(backend: str, query: Tensor, value: Tensor, attn_mask: Tensor | None) -> str:
+    """The backend that computes a call: the named one or an error, for "auto" the best that can."""
+    name = checks.resolve(backend)
+    if name == "auto":
+        name = next(
+            (x for x in PREFERENCE if checks.obstacle(x, query, value, attn_mask) is None),
+            PREFERENCE[-1],
+        )
+    checks.check_backend(name, query, value, attn_mask)
+    return name
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    seed: int | Tensor | None,
+    backend: str,
+) -> Prepared:
+    """Check a call, choose its backend and bring it into canonical form."""
+    checks.check_inputs(query, key, value, attn_mask, enable_gqa)
+    checks.check_dropout(dropout_p, seed)
+    name = choose(backend, query, value, attn_mask)
+    layout, ops = canonical(query, key, value, attn_mask, enable_gqa)
+    scale = default_scale(query.shape[-1]) if scale is None else float(scale)
+    spec = AttentionSpec(name, scale, bool(is_causal), float(dropout_p))
+    if dropout_p > 0.0:
+        ops, spec = with_dropout(ops, spec, seed)
+    return Prepared(layout, ops, spec)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast does to F.scaled_dot_product_attention: float32 operands are cast to its dtype."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    half = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in half else x for x in tensors)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Scaled dot-product attention with exact first and second derivatives.
+
+    Signature and semantics of ``torch.nn.functional.scaled_dot_product_attention``, plus ``seed`` and ``backend``.
+    Composes with ``torch.autograd`` (``create_graph=True``, forward mode) and with every ``torch.func`` transform.
+
+    Args:
+        query: (..., N, D), usually (B, H, N, D). Leading dimensions of the operands broadcast.
+        key: (..., M, D).
+        value: (..., M, E).
+        attn_mask: broadcastable to (..., N, M). Boolean (True attends) or added to the scores (dtype of ``query`` or
+            float32; its gradient is exact to second order too).
+        dropout_p: probability with which an entry of the attention weights is dropped. As in PyTorch it always
+            applies: pass 0.0 in evaluation.
+        is_causal: row n attends to the keys m ≤ n (top-left alignment); combines with ``attn_mask``.
+        scale: factor of QKᵀ; 1/√D by default.
+        enable_gqa: ``key`` and ``value`` may have fewer heads (dimension -3) than ``query``.
+        seed: makes dropout a pure function: the mask depends on the seed and the position only, is replayed in every
+            derivative and is the same on every backend. An int or an int64 tensor of one element. Drawn from torch's
+            global generator when None.
+        backend: "reference", "custom", "triton" or "auto" (the best that supports the call; see :func:`explain`).
+            A named backend never becomes another one.
+
+    Returns:
+        (..., N, E). A row that sees no key is 0 and has zero derivatives.
+
+    Raises:
+        checks.ArgumentError: shapes, devices or values that do not fit (a ValueError and a RuntimeError).
+        checks.DtypeError: types or dtypes that do not fit (a TypeError and a RuntimeError).
+        checks.UnsupportedError: the named backend cannot compute the call, before it does any work.
+        NotImplementedError: at a third derivative, except with ``backend="reference"``, which has every order.
+    """
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query, key, value)  # type: ignore[assignment]
+    call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed, backend)
+    if call.spec.backend == "reference":
+        o, _ = reference.forward(call.ops, call.spec)
+    else:
+        o, _ = Forward.apply(*call.ops, call.spec)
+    return call.layout.leave(o)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend :func:`sdpa` with these arguments would use and why, without computing anything.
+
+    Raises:
+        checks.ArgumentError, checks.DtypeError: as :func:`sdpa`, for arguments that no backend can take.
+    """
+    del is_causal, scale
+    checks.check_inputs(query, key, value, attn_mask, enable_gqa)
+    checks.check_dropout(dropout_p, seed)
+    name = checks.resolve(backend)
+    obstacles = {x: checks.obstacle(x, query, value, attn_mask) for x in PREFERENCE}
+    able = [x for x in PREFERENCE if obstacles[x] is None]
+    chosen = (able[0] if able else None) if name == "auto" else (name if name in able else None)
+    rejected = {x: why for x, why in obstacles.items() if why is not None}
+    rejected |= {x: _not_taken(x, name, chosen) for x in able if x != chosen}
+    return Explanation(chosen, _reason(name, chosen, obstacles), rejected)
+
+
+def _not_taken(candidate: str, asked: str, chosen: str | None) -> str:
+    if asked != "auto":
+        return f"'{asked}' was asked for, and a named backend never becomes another one"
+    return f"it could, but '{chosen}' comes first: {CAPABILITIES[candidate].summary}"
+
+
+def _reason(asked: str, chosen: str | None, obstacles: dict[str, str | None]) -> str:
+    if chosen is None:
+        return f"'{asked}' was asked for and cannot: {obstacles.get(asked)}" if asked != "auto" else "none can"
+    how = "asked for" if asked != "auto" else "the best that supports the call"
+    order = CAPABILITIES[chosen].max_order
+    orders = "derivatives of every order" if order is None else f"derivatives up to order {order}"
+    return f"{how}; {CAPABILITIES[chosen].summary}; {orders}"

@@ -1,0 +1,198 @@
+"""Every check of the operator's arguments: each message says what was given, what is needed and what to do.
+
+The exceptions are the built-in ones that fit (``ValueError``, ``TypeError``, ``NotImplementedError``) and also
+``RuntimeError``, which is what ``F.scaled_dot_product_attention`` raises: code that caught that keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor
+
+from theria.ops.capabilities import ALIASES, CAPABILITIES, PREFERENCE
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """A shape, device or value that the operator cannot take."""
+
+
+class DtypeError(TypeError, RuntimeError):
+    """A type or dtype that the operator cannot take."""
+
+
+class UnsupportedError(NotImplementedError):
+    """A valid call that the named backend cannot compute."""
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> None:
+    """Raise unless the operands fit each other."""
+    operands = {"query": query, "key": key, "value": value}
+    check_tensors(operands if attn_mask is None else operands | {"attn_mask": attn_mask})
+    check_dtypes(operands)
+    check_devices(operands if attn_mask is None else operands | {"attn_mask": attn_mask})
+    check_ranks(operands)
+    check_lengths(query, key, value)
+    if enable_gqa:
+        check_groups(query, key, value)
+    else:
+        check_batch(query, key, value)
+    if attn_mask is not None:
+        check_mask(attn_mask, query, key, value, enable_gqa)
+
+
+def check_tensors(operands: dict[str, Tensor]) -> None:
+    for name, x in operands.items():
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed.")
+
+
+def check_dtypes(operands: dict[str, Tensor]) -> None:
+    for name, x in operands.items():
+        if not x.dtype.is_floating_point:
+            raise DtypeError(f"{name} has dtype {x.dtype}; attention needs a floating dtype. Convert it: {name}.float().")
+    if len({x.dtype for x in operands.values()}) > 1:
+        given = ", ".join(f"{name} {x.dtype}" for name, x in operands.items())
+        raise DtypeError(f"query, key and value must have one dtype; given {given}. Convert them with .to(query.dtype).")
+
+
+def check_devices(operands: dict[str, Tensor]) -> None:
+    if len({x.device for x in operands.values()}) > 1:
+        given = ", ".join(f"{name} on {x.device}" for name, x in operands.items())
+        raise ArgumentError(f"all operands must be on one device; given {given}. Move them with .to(query.device).")
+
+
+def check_ranks(operands: dict[str, Tensor]) -> None:
+    for name, x in operands.items():
+        if x.ndim < 2:
+            raise ArgumentError(
+                f"{name} has shape {tuple(x.shape)}; at least 2 dimensions (..., length, width) are needed. "
+                f"Add the missing ones: {name}[None]."
+            )
+
+
+def check_lengths(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.shape[-1] != key.shape[-1]:
+        raise ArgumentError(
+            f"query and key must have one width D (last dimension); given query {tuple(query.shape)} and key "
+            f"{tuple(key.shape)}. Project them to the same width."
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise ArgumentError(
+            f"key and value must have one length M (dimension -2); given key {tuple(key.shape)} and value "
+            f"{tuple(value.shape)}."
+        )
+
+
+def check_batch(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    try:
+        torch.broadcast_shapes(*(shape[:-2] for shape in shapes))
+    except RuntimeError:
+        hint = " For grouped-query attention pass enable_gqa=True." if query.ndim > 2 else ""
+        raise ArgumentError(
+            f"the leading dimensions of query {shapes[0]}, key {shapes[1]} and value {shapes[2]} do not broadcast.{hint}"
+        ) from None
+
+
+def check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < 3:
+            raise ArgumentError(
+                f"enable_gqa=True needs a head dimension; {name} has shape {tuple(x.shape)}, and (..., H, length, width) "
+                f"is needed."
+            )
+        if query.shape[-3] % max(x.shape[-3], 1):
+            raise ArgumentError(
+                f"enable_gqa=True needs the number of query heads to be a multiple of {name}'s; given "
+                f"{query.shape[-3]} and {x.shape[-3]} (dimension -3)."
+            )
+    try:
+        torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError:
+        raise ArgumentError(
+            f"the batch dimensions of query {tuple(query.shape)}, key {tuple(key.shape)} and value "
+            f"{tuple(value.shape)} do not broadcast."
+        ) from None
+
+
+def check_mask(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        raise DtypeError(
+            f"attn_mask has dtype {mask.dtype}; torch.bool (True attends), {query.dtype} (as query) or torch.float32 is "
+            f"needed. Convert it: attn_mask.to(query.dtype) or attn_mask.bool()."
+        )
+    lead = query.shape[:-2] if enable_gqa else torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+    scores = (*lead, query.shape[-2], key.shape[-2])
+    try:
+        fits = torch.broadcast_shapes(mask.shape, scores) == torch.Size(scores)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ArgumentError(
+            f"attn_mask of shape {tuple(mask.shape)} does not broadcast to the scores' shape {scores} (..., N, M)."
+        )
+
+
+def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ArgumentError(f"dropout_p is {dropout_p}; a probability between 0 and 1 is needed.")
+    if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
+        raise DtypeError(
+            f"seed is a tensor of shape {tuple(seed.shape)} and dtype {seed.dtype}; an int or one torch.int64 element is "
+            f"needed."
+        )
+    if seed is not None and not isinstance(seed, (int, Tensor)):
+        raise DtypeError(f"seed is a {type(seed).__name__}; an int or an int64 tensor of one element is needed.")
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"seed is {seed}; an integer that fits 64 bits is needed.")
+
+
+def check_like(name: str, x: Tensor | None, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> None:
+    """A tangent or cotangent must look like what it belongs to."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise DtypeError(f"{name} is a {type(x).__name__}; a torch.Tensor or None is needed.")
+    if x.shape != torch.Size(shape):
+        raise ArgumentError(f"{name} has shape {tuple(x.shape)}; {tuple(shape)} is needed.")
+    if x.dtype != dtype:
+        raise DtypeError(f"{name} has dtype {x.dtype}; {dtype} is needed.")
+
+
+def resolve(backend: str) -> str:
+    """The backend that a name or an alias stands for."""
+    name = ALIASES.get(backend, backend)
+    if name not in CAPABILITIES and name != "auto":
+        known = ["auto", *CAPABILITIES, *ALIASES]
+        near = difflib.get_close_matches(str(backend), known, 1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ArgumentError(f"backend '{backend}' is not known; needed is one of {', '.join(known)}.{hint}")
+    return name
+
+
+def obstacle(backend: str, query: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why ``backend`` cannot compute this call, or None when it can."""
+    can = CAPABILITIES[backend]
+    if (missing := can.missing()) is not None:
+        return missing
+    if can.devices is not None and query.device.type not in can.devices:
+        return f"it runs on {' and '.join(can.devices)}, and the inputs are on {query.device}"
+    if query.dtype not in can.dtypes:
+        return f"it takes {', '.join(str(d) for d in can.dtypes)}, and the inputs are {query.dtype}"
+    width = max(query.shape[-1], value.shape[-1])
+    if can.max_head_dim is not None and width > can.max_head_dim:
+        return f"it takes head dimensions up to {can.max_head_dim}, and the inputs have {width}"
+    if not can.mask_gradient and attn_mask is not None and attn_mask.requires_grad:
+        return "it gives no gradient of attn_mask, and the one given requires grad"
+    return None
+
+
+def check_backend(backend: str, query: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    """Raise when the named backend cannot compute this call, with the reason and the backend that can."""
+    if (why := obstacle(backend, query, value, attn_mask)) is None:
+        return
+    able = [name for name in PREFERENCE if obstacle(name, query, value, attn_mask) is None]
+    instead = f"backend='{able[0]}' can" if able else "no backend of this version can"
+    raise UnsupportedError(f"backend '{backend}' cannot compute this call: {why}; {instead}.")

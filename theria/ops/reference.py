@@ -1,0 +1,164 @@
+"""Closed formulas of every order in plain PyTorch: the truth that other backends are held to.
+
+Materialised (an (N, M) matrix at every order), in the dtype of the inputs (float64 in, float64 out), and itself
+differentiable by autograd to any order. Numbers in parentheses are those of ``theria/ops/README.md``. Operands are in
+the canonical form of :mod:`theria.ops.operands`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from theria.ops.dropout import keep_mask, keep_scale
+from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape, sum_to
+
+NEG_INF = float("-inf")
+
+
+def scores(ops: Operands, spec: AttentionSpec) -> Tensor:
+    """S (1), with −inf where a key is hidden."""
+    S = (ops.q @ ops.k.mT) * spec.scale
+    if ops.mask is not None:
+        S = S.masked_fill(~ops.mask, NEG_INF) if ops.mask.dtype == torch.bool else S + ops.mask
+    if spec.is_causal:
+        N, M = S.shape[-2:]
+        S = S.masked_fill(torch.ones(N, M, dtype=torch.bool, device=S.device).triu(1), NEG_INF)
+    return S
+
+
+def softmax(S: Tensor) -> tuple[Tensor, Tensor]:
+    """P and lse (2). A row without a visible key gives P = 0 and lse = −inf, and zero derivatives of every order.
+
+    The pivot is a constant: shifting a row by it changes neither P nor lse, whatever it is.
+    """
+    if S.shape[-1] == 0:
+        return S, S.new_full(S.shape[:-1], NEG_INF)
+    pivot = S.detach().amax(-1, keepdim=True)
+    pivot = pivot.masked_fill(pivot == NEG_INF, 0.0)
+    weight = (S - pivot).exp()
+    total = weight.sum(-1, keepdim=True)
+    hidden = total == 0
+    total = total.masked_fill(hidden, 1.0)
+    lse = (pivot + total.log()).masked_fill(hidden, NEG_INF)
+    return weight / total, lse.squeeze(-1)
+
+
+def dropout_factor(ops: Operands, spec: AttentionSpec, like: Tensor) -> Tensor | float:
+    """R (3): 0 for a dropped entry of P, 1/(1 − p) for a kept one."""
+    if ops.seed is None:
+        return 1.0
+    keep = keep_mask(ops.seed, spec, range(like.shape[-2]), like.shape[-1])
+    return keep.to(like.dtype) * keep_scale(spec.dropout_p)
+
+
+def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """O (4) and lse (2)."""
+    P, lse = softmax(scores(ops, spec))
+    o = (P * dropout_factor(ops, spec, P)) @ ops.v
+    return o, lse.expand(o.shape[:-1])
+
+
+def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes):
+    """Cotangents of q, k, v and mask (5)-(9); ``shapes`` are those to reduce them to, None where not wanted."""
+    del lse  # the materialised softmax is exact and differentiable; the saved statistic adds nothing
+    P, _ = softmax(scores(ops, spec))
+    R = dropout_factor(ops, spec, P)
+    dP = R * (do @ ops.v.mT)
+    dS = P * (dP - (do * o).sum(-1, keepdim=True))
+    return _reduce(spec.scale * dS @ ops.k, spec.scale * dS.mT @ ops.q, (R * P).mT @ do, dS, ops, shapes)
+
+
+def score_tangent(ops: Operands, t: Tangents, spec: AttentionSpec, like: Tensor) -> Tensor:
+    """tS (10) of a direction."""
+    tS = torch.zeros_like(like)
+    if t.q is not None:
+        tS = tS + spec.scale * (t.q @ ops.k.mT)
+    if t.k is not None:
+        tS = tS + spec.scale * (ops.q @ t.k.mT)
+    return tS if t.mask is None else tS + t.mask
+
+
+def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """tO (12) and tau (11), the tangent of lse."""
+    P, _ = softmax(scores(ops, spec))
+    R = dropout_factor(ops, spec, P)
+    W = P * score_tangent(ops, t, spec, P)
+    tau = W.sum(-1)
+    to = (R * W) @ ops.v - tau[..., None] * o
+    if t.v is not None:
+        to = to + (R * P) @ t.v
+    return to, tau.expand(lse.shape)
+
+
+def hvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    to: Tensor,
+    tau: Tensor,
+    spec: AttentionSpec,
+    shapes: Shapes,
+):
+    """Tangent of :func:`vjp` (13)-(18) along ``t`` and ``tdo``; ``to`` and ``tau`` are what :func:`jvp` gave."""
+    del lse
+    P, _ = softmax(scores(ops, spec))
+    R = dropout_factor(ops, spec, P)
+    tP = P * (score_tangent(ops, t, spec, P) - tau[..., None])
+    dP = R * (do @ ops.v.mT)
+    tdP = torch.zeros_like(dP) if t.v is None else R * (do @ t.v.mT)
+    tdelta = (do * to).sum(-1, keepdim=True)
+    tdv = (R * tP).mT @ do
+    if tdo is not None:
+        tdP = tdP + R * (tdo @ ops.v.mT)
+        tdelta = tdelta + (tdo * o).sum(-1, keepdim=True)
+        tdv = tdv + (R * P).mT @ tdo
+    centred = dP - (do * o).sum(-1, keepdim=True)
+    dS = P * centred
+    tdS = tP * centred + P * (tdP - tdelta)
+    tdq, tdk = tdS @ ops.k, tdS.mT @ ops.q
+    if t.k is not None:
+        tdq = tdq + dS @ t.k
+    if t.q is not None:
+        tdk = tdk + dS.mT @ t.q
+    return _reduce(spec.scale * tdq, spec.scale * tdk, tdv, tdS, ops, shapes)
+
+
+def jvp_jvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    t1: Tangents,
+    t2: Tangents,
+    t12: Tangents,
+    tau1: Tensor,
+    tau2: Tensor,
+    spec: AttentionSpec,
+) -> Tensor:
+    """Mixed second tangent of O (19)-(22) along ``t1`` and ``t2``, with ``t12`` the mixed tangents of the operands."""
+    del lse
+    P, _ = softmax(scores(ops, spec))
+    R = dropout_factor(ops, spec, P)
+    U1 = score_tangent(ops, t1, spec, P) - tau1[..., None]
+    U2 = score_tangent(ops, t2, spec, P) - tau2[..., None]
+    ttS = score_tangent(ops, t12, spec, P)
+    if t1.q is not None and t2.k is not None:
+        ttS = ttS + spec.scale * (t1.q @ t2.k.mT)
+    if t2.q is not None and t1.k is not None:
+        ttS = ttS + spec.scale * (t2.q @ t1.k.mT)
+    X = P * (U1 * U2 + ttS)
+    tto = (R * X) @ ops.v - X.sum(-1, keepdim=True) * o
+    for weight, tv in ((P * U1, t2.v), (P * U2, t1.v), (P, t12.v)):
+        if tv is not None:
+            tto = tto + (R * weight) @ tv
+    return tto
+
+
+def _reduce(dq: Tensor, dk: Tensor, dv: Tensor, dS: Tensor, ops: Operands, shapes: Shapes):
+    """Sum each cotangent over the dimensions in which its operand was broadcast."""
+    batch = batch_shape(dq, dk, dv, ops.mask)
+    full = (dq, dk, dv, dS.expand(*batch, *dS.shape[-2:]))
+    return tuple(None if shape is None else sum_to(x, shape) for x, shape in zip(full, shapes, strict=True))

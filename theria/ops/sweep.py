@@ -1,0 +1,203 @@
+"""Walking a call in blocks of query rows: the machinery under :mod:`theria.ops.blockwise`.
+
+Numbers in parentheses are those of ``theria/ops/README.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from theria.ops.dropout import keep_mask, keep_scale
+from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape, sum_to
+
+NEG_INF = float("-inf")
+
+# Elements of one (batch, rows, M) tile of scores: on the CPU tiles should stay in the caches, a GPU wants enough of
+# them to fill the machine.
+TILE_ELEMENTS = {"cpu": 2**19}
+TILE_ELEMENTS_DEFAULT = 2**25
+# Below this many rows a tile of scores is no larger than the operands themselves.
+MIN_ROWS = 32
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is accumulated in float32, everything else in its own dtype."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; unequal batches go through einsum, which folds broadcast dimensions instead of copying them."""
+    if a.shape[:-2] == b.shape[:-2]:
+        return torch.matmul(a, b)
+    return torch.einsum("...ij,...jk->...ik", a, b)
+
+
+def _holds(x: Tensor, y: Tensor) -> bool:
+    """Whether x has the shape of an elementwise result of x and y, so that it may take it."""
+    return torch.broadcast_shapes(x.shape, y.shape) == x.shape
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in x's memory where it fits."""
+    return x.add_(y) if _holds(x, y) else x + y
+
+
+def sub(x: Tensor, y: Tensor) -> Tensor:
+    """x − y, in x's memory where it fits."""
+    return x.sub_(y) if _holds(x, y) else x - y
+
+
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    """x∘y, in x's memory where it fits."""
+    return x.mul_(y) if _holds(x, y) else x * y
+
+
+def mask_block(mask: Tensor, rows: slice, cols: slice) -> Tensor:
+    """The block of a mask whose last dimensions may be broadcast."""
+    mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+    return mask if mask.shape[-1] == 1 else mask[..., cols]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of query rows and what every order recomputes for it."""
+
+    rows: slice
+    cols: slice
+    P: Tensor  # (*L, rows, cols)
+    R: Tensor | None  # keep mask times 1/(1 − p), like P; None without dropout
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """R∘x (3); x itself without dropout."""
+        return x if self.R is None else x * self.R
+
+
+class Sweep:
+    """Walks the row blocks of one call; operands are read in the dtype that the call computes in.
+
+    Args:
+        ops: canonical operands.
+        spec: the call.
+        lse: (*L, N) of the forward, from which :meth:`blocks` recomputes P.
+        others: tangents and cotangents, whose leading dimensions belong to the batch too.
+    """
+
+    def __init__(
+        self, ops: Operands, spec: AttentionSpec, lse: Tensor | None = None, others: tuple[Tensor | None, ...] = ()
+    ) -> None:
+        self.spec = spec
+        self.out_dtype = ops.q.dtype
+        self.dtype = compute_dtype(ops.q.dtype)
+        self.q, self.k, self.v = self.read(ops.q), self.read(ops.k), self.read(ops.v)
+        self.mask, self.seed = ops.mask, ops.seed
+        self.batch = batch_shape(*ops, *others)
+        self.N, self.M = self.q.shape[-2], self.k.shape[-2]
+        self.lse = None if lse is None else lse.masked_fill(lse == NEG_INF, 0.0)[..., None]
+
+    def read(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+    def zeros(self, *tail: int) -> Tensor:
+        return self.q.new_zeros(*self.batch, *tail)
+
+    def slices(self) -> Iterator[tuple[slice, slice]]:
+        """(rows, columns) of each block."""
+        budget = TILE_ELEMENTS.get(self.q.device.type, TILE_ELEMENTS_DEFAULT)
+        step = max(budget // max(self.batch.numel() * self.M, 1), MIN_ROWS)
+        for start in range(0, self.N, step):
+            stop = min(start + step, self.N)
+            yield slice(start, stop), slice(0, min(stop, self.M) if self.spec.is_causal else self.M)
+
+    def scores(self, rows: slice, cols: slice) -> Tensor:
+        """S (1) of a block."""
+        S = matmul(self.q[..., rows, :], self.k[..., cols, :].mT).mul_(self.spec.scale)
+        if self.mask is not None:
+            mask = mask_block(self.mask, rows, cols)
+            S = S.masked_fill(~mask, NEG_INF) if mask.dtype == torch.bool else S + mask.to(S.dtype)
+        if self.spec.is_causal:
+            row = torch.arange(rows.start, rows.stop, device=S.device)[:, None]
+            S.masked_fill_(torch.arange(cols.stop, device=S.device) > row, NEG_INF)
+        return S
+
+    def keep(self, rows: slice, cols: slice) -> Tensor | None:
+        """R (3) of a block."""
+        if self.seed is None:
+            return None
+        keep = keep_mask(self.seed, self.spec, range(rows.start, rows.stop), cols.stop)
+        return keep.to(self.dtype).mul_(keep_scale(self.spec.dropout_p))
+
+    def blocks(self) -> Iterator[Block]:
+        """P = exp(S − lse) of each block, the same to the last bit at every order."""
+        assert self.lse is not None
+        for rows, cols in self.slices():
+            P = sub(self.scores(rows, cols), self.lse[..., rows, :]).exp_()
+            yield Block(rows, cols, P, self.keep(rows, cols))
+
+    def score_tangent(self, t: Tangents, b: Block) -> Tensor | None:
+        """tS (10) of a block; None when the direction does not move the scores."""
+        tS = None
+        if t.q is not None:
+            tS = matmul(self.read(t.q[..., b.rows, :]), self.k[..., b.cols, :].mT)
+        if t.k is not None:
+            other = matmul(self.q[..., b.rows, :], self.read(t.k[..., b.cols, :]).mT)
+            tS = other if tS is None else add(tS, other)
+        if tS is not None:
+            tS.mul_(self.spec.scale)
+        if t.mask is not None:
+            tZ = self.read(mask_block(t.mask, b.rows, b.cols))
+            tS = tZ.expand(b.P.shape).clone() if tS is None else add(tS, tZ)
+        return tS
+
+    def cross_tangent(self, t1: Tangents, t2: Tangents, b: Block) -> Tensor | None:
+        """c·tQ₁tK₂ᵀ of a block, the term of (19) in which two directions meet."""
+        if t1.q is None or t2.k is None:
+            return None
+        return matmul(self.read(t1.q[..., b.rows, :]), self.read(t2.k[..., b.cols, :]).mT).mul_(self.spec.scale)
+
+
+class Cotangents:
+    """Accumulates dq, dk, dv and dmask over row blocks, each reduced to the shape it is wanted in (None: not wanted)."""
+
+    def __init__(self, sweep: Sweep, shapes: Shapes) -> None:
+        self.sweep = sweep
+        make = sweep.q.new_zeros
+        self.q, self.k, self.v, self.mask = (None if shape is None else make(shape) for shape in shapes)
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether anything that dS leads to is wanted."""
+        return not (self.q is None and self.k is None and self.mask is None)
+
+    def add_v(self, b: Block, weight: Tensor, do: Tensor) -> None:
+        """dV += (R∘weight)ᵀ dO."""
+        if self.v is not None:
+            _add_to(self.v[..., b.cols, :], matmul(b.dropped(weight).mT, do))
+
+    def add_qk(self, b: Block, dS: Tensor, q: Tensor | None, k: Tensor | None) -> None:
+        """dQ += dS K and dK += dSᵀ Q, without the factor c (see :meth:`results`); q and k may be tangents."""
+        if self.q is not None and k is not None:
+            _add_to(self.q[..., b.rows, :], matmul(dS, self.sweep.read(k[..., b.cols, :])))
+        if self.k is not None and q is not None:
+            _add_to(self.k[..., b.cols, :], matmul(dS.mT, self.sweep.read(q[..., b.rows, :])))
+
+    def add_mask(self, b: Block, dS: Tensor) -> None:
+        """dZ += dS."""
+        if self.mask is not None:
+            _add_to(mask_block(self.mask, b.rows, b.cols), dS.expand(*self.sweep.batch, *dS.shape[-2:]))
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        """(dq, dk, dv, dmask) in the dtype of the operands."""
+        scale, dtype = self.sweep.spec.scale, self.sweep.out_dtype
+        dq = None if self.q is None else self.q.mul_(scale).to(dtype)
+        dk = None if self.k is None else self.k.mul_(scale).to(dtype)
+        dv = None if self.v is None else self.v.to(dtype)
+        mask = self.sweep.mask
+        return dq, dk, dv, None if self.mask is None or mask is None else self.mask.to(mask.dtype)
+
+
+def _add_to(target: Tensor, value: Tensor) -> None:
+    target += sum_to(value, target.shape)
