@@ -1,0 +1,1 @@
+"""Hydra entry points. They import theria; theria never imports them."""

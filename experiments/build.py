@@ -1,0 +1,223 @@
+"""From a configuration to the objects of theria. Whatever cannot work together is refused here, before any work."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.config import (
+    Adapt,
+    AdjointKind,
+    Config,
+    ConvNetConfig,
+    DigitsConfig,
+    FewShotConfig,
+    GlyphsConfig,
+    InContextConfig,
+    LearnerKind,
+    LinearRegressionConfig,
+    MLPConfig,
+    OmniglotConfig,
+    SinusoidConfig,
+    TaskConfig,
+    TransformerConfig,
+)
+from experiments.errors import UserError, nearest
+from experiments.learners import InContextLearner, Learner
+from theria import data, meta
+from theria import nn as networks
+from theria.data import ClassDataset, TaskSource
+
+SUBSETS = ("train", "val", "test")
+# Tasks of the three subsets are drawn from streams that never meet.
+SEED_STRIDE = 1_000_003
+
+
+# Least values; what theria itself checks is left to it.
+LEAST = {
+    "task.tasks": 1,
+    "inner.steps": 1,
+    "inner.eval_steps": 0,
+    "learner.chunk_size": 1,
+    "trainer.steps": 1,
+    "trainer.max_minutes": 0,
+    "trainer.lr": 0,
+    "trainer.warmup": 0,
+    "trainer.weight_decay": 0,
+    "trainer.clip": 0,
+    "trainer.threads": 1,
+    "trainer.log_every": 1,
+    "trainer.health_every": 0,
+    "trainer.val_every": 0,
+    "trainer.val_episodes": 1,
+    "trainer.test_episodes": 1,
+    "trainer.eval_tasks": 1,
+    "trainer.checkpoint_every": 1,
+    "tracking.timeout": 0,
+    "debug.nan_task": 0,
+    "debug.step_seconds": 0,
+}
+PRECISIONS = ("highest", "high", "medium")
+
+
+def check(config: Config) -> None:
+    """Refuse values outside their range.
+
+    Raises:
+        UserError: with the value and what is needed.
+    """
+    for key, least in LEAST.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if value is not None and not value >= least:  # `not >=`, so that NaN is refused too
+            raise UserError(f"{key}={value}: needed is at least {least}")
+    precision = config.ops.matmul_precision
+    if precision not in PRECISIONS:
+        raise UserError(f"ops.matmul_precision={precision}: {nearest(precision, PRECISIONS)}")
+    device(config)
+
+
+def chance(task: TaskConfig) -> str:
+    """What guessing reaches, to be put behind a figure."""
+    return f"; chance {100 / task.ways:.1f} %" if isinstance(task, FewShotConfig) else ""
+
+
+def is_classification(task: TaskConfig) -> bool:
+    return isinstance(task, FewShotConfig)
+
+
+def loss_fn(task: TaskConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy for classes, mean squared error for real targets."""
+    return F.cross_entropy if is_classification(task) else F.mse_loss
+
+
+def build_source(config: Config, subset: str, *, tasks: int, seed: int | None = None) -> TaskSource:
+    """The tasks of a subset, `tasks` at a time.
+
+    Raises:
+        UserError: what theria.data refuses (too many ways, a missing folder, ...), in its words.
+    """
+    task = config.task
+    if subset not in SUBSETS:
+        raise UserError(f"subset={subset}: needed is one of {', '.join(SUBSETS)}")
+    seed = (config.seed if seed is None else seed) * SEED_STRIDE + SUBSETS.index(subset)
+    common: dict[str, Any] = {"tasks": tasks, "queries": task.queries, "seed": seed, "device": device(config)}
+    try:
+        match task:
+            case FewShotConfig():
+                dataset = build_dataset(task, subset)
+                options = {"ways": task.ways, "shots": task.shots, "within_groups": task.within_groups}
+                return data.EpisodeSampler(dataset, **options, **common)
+            case SinusoidConfig():
+                return data.Sinusoid(shots=task.shots, **common)
+            case LinearRegressionConfig():
+                return data.LinearRegression(dim=task.dim, shots=task.shots, noise=task.noise, **common)
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"task={task.name}: {error}") from error
+    raise TypeError(f"no builder for {type(task).__name__}")
+
+
+def build_sources(config: Config) -> dict[str, TaskSource]:
+    """The tasks of training, validation and test."""
+    tasks = {"train": config.task.tasks, "val": config.trainer.eval_tasks, "test": config.trainer.eval_tasks}
+    return {subset: build_source(config, subset, tasks=tasks[subset]) for subset in SUBSETS}
+
+
+def build_dataset(task: FewShotConfig, subset: str) -> ClassDataset:
+    match task:
+        case GlyphsConfig():
+            return data.load_glyphs(subset)
+        case DigitsConfig():
+            return data.load_digits(subset)
+        case OmniglotConfig():
+            return data.load_omniglot(task.root, task.split, subset)
+    raise TypeError(f"no data set for {type(task).__name__}")
+
+
+def build_model(config: Config) -> nn.Module:
+    """The network, its input and output sizes taken from the task."""
+    model, task, backend = config.model, config.task, config.ops.backend.value
+    images = isinstance(task, FewShotConfig)
+    match model:
+        case TransformerConfig() if images:
+            return networks.TransformerClassifier(task.ways, **_arguments(model), backend=backend)
+        case ConvNetConfig() if images:
+            return networks.ConvNet4(task.ways, width=model.width)
+        case MLPConfig() if not images:
+            return networks.MLP([_x_dim(task), *model.hidden, 1])
+        case InContextConfig() if images:
+            return networks.InContextClassifier(task.ways, **_arguments(model, "causal"), backend=backend)
+        case InContextConfig():
+            arguments = _arguments(model, "stem", "patch")
+            return networks.InContextRegressor(_x_dim(task), **arguments, backend=backend)
+    fitting = "transformer, model=convnet or model=incontext" if images else "mlp or model=incontext"
+    raise UserError(f"model={model.name} cannot learn task={task.name}: needed is model={fitting}")
+
+
+def build_learner(config: Config) -> Learner:
+    """The learner on its device, parameters drawn from `config.seed`."""
+    kind, in_context = config.learner.kind, isinstance(config.model, InContextConfig)
+    if (kind is LearnerKind.incontext) != in_context:
+        raise UserError(
+            f"learner={kind.value} cannot train model={config.model.name}: learner=incontext and model=incontext "
+            "belong together"
+        )
+    torch.manual_seed(config.seed)
+    try:
+        model = build_model(config)
+        if isinstance(model, networks.InContextClassifier | networks.InContextRegressor):
+            learner = InContextLearner(model, loss_fn(config.task))
+        else:
+            learner = _maml(config, model)
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
+    return learner.to(device(config))
+
+
+def _maml(config: Config, model: nn.Module) -> meta.MAML:
+    inner = config.inner
+    return meta.MAML(
+        model,
+        loss_fn(config.task),
+        inner=meta.SGD(lr=inner.lr, momentum=inner.momentum, nesterov=inner.nesterov, learn_lr=inner.learn_lr),
+        steps=inner.steps,
+        adjoint=build_adjoint(config.adjoint.kind),
+        adapt=(lambda name: name.split(".")[0] == "head") if config.learner.adapt is Adapt.head else None,
+        chunk_size=config.learner.chunk_size,
+    )
+
+
+def build_adjoint(kind: AdjointKind) -> Any:
+    match kind:
+        case AdjointKind.unrolled:
+            return meta.Unrolled()
+        case AdjointKind.mixed_mode:
+            return meta.MixedMode()
+        case AdjointKind.first_order:
+            return meta.FirstOrder()
+        case AdjointKind.higher:
+            return meta.Higher()
+
+
+def device(config: Config) -> torch.device:
+    name = config.trainer.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"trainer.device={name}: needed is auto, cpu, cuda or cuda:<number>") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"trainer.device={name}: torch finds no CUDA here; give trainer.device=cpu")
+    return chosen
+
+
+def _arguments(model: Any, *without: str) -> dict[str, Any]:
+    return {f.name: getattr(model, f.name) for f in fields(model) if f.name not in ("name", *without)}
+
+
+def _x_dim(task: TaskConfig) -> int:
+    return task.dim if isinstance(task, LinearRegressionConfig) else 1

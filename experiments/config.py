@@ -1,0 +1,293 @@
+"""The schema of every configuration: one dataclass a group option, registered with Hydra so that names and types
+are checked before any work starts. The values that a run uses are in `configs/`; a field's meaning is here."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+# ---------------------------------------------------------------------------------------------------------------- task
+@dataclass
+class TaskConfig:
+    """What every family of tasks has. `name` is the option's name."""
+
+    name: str = MISSING
+    tasks: int = 4  # tasks in one outer step
+    queries: int = 5  # query examples: a class for classification, a task for regression
+
+
+@dataclass
+class FewShotConfig(TaskConfig):
+    """Few-shot classification."""
+
+    ways: int = 5  # classes in a task
+    shots: int = 1  # support examples a class
+    within_groups: float = 0.0  # probability that a task's classes come from one group (script, alphabet, digit)
+
+
+@dataclass
+class GlyphsConfig(FewShotConfig):
+    """Characters rendered from matplotlib's typefaces; test classes come from scripts never trained on."""
+
+    name: str = "glyphs"
+
+
+@dataclass
+class DigitsConfig(FewShotConfig):
+    """scikit-learn's handwritten digits, rotations as classes."""
+
+    name: str = "digits"
+
+
+@dataclass
+class OmniglotConfig(FewShotConfig):
+    """Omniglot's handwritten characters."""
+
+    name: str = "omniglot"
+    root: str = MISSING  # the folder of the data set
+    split: str = "vinyals"  # vinyals | background | small1 | small2
+    download: bool = False  # fetch the data set into `root` when it is not there (needs torchvision and a network)
+
+
+@dataclass
+class SinusoidConfig(TaskConfig):
+    """Regression on y = a sin(x - phase)."""
+
+    name: str = "sinusoid"
+    shots: int = 10  # support points
+
+
+@dataclass
+class LinearRegressionConfig(TaskConfig):
+    """Regression on y = w.x with w and x standard normal."""
+
+    name: str = "linear_regression"
+    shots: int = 10  # support points
+    dim: int = 5  # length of x
+    noise: float = 0.0  # standard deviation added to y
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+@dataclass
+class ModelConfig:
+    """What every network has. `name` is the option's name."""
+
+    name: str = MISSING
+
+
+@dataclass
+class TransformerConfig(ModelConfig):
+    """Image classifier: a stem that makes tokens, a pre-norm transformer, a linear head."""
+
+    name: str = "transformer"
+    stem: str = "conv"  # "patch": one linear map a patch; "conv": a small convolutional network before it
+    patch: int = 7  # side of a patch in pixels; it divides 28
+    d_model: int = 48  # width
+    n_heads: int = 4  # attention heads; d_model is a multiple of it
+    n_layers: int = 2  # blocks
+    d_ff: int | None = None  # width of the feed-forward part; null: 4 * d_model
+    pool: str = "mean"  # "mean" of the tokens, or "cls": a learned token that reads the others
+
+
+@dataclass
+class ConvNetConfig(ModelConfig):
+    """The four-layer convolutional network of the MAML paper."""
+
+    name: str = "convnet"
+    width: int = 64  # channels of each layer
+
+
+@dataclass
+class MLPConfig(ModelConfig):
+    """Fully connected network for regression; input and output widths come from the task."""
+
+    name: str = "mlp"
+    hidden: list[int] = field(default_factory=lambda: [40, 40])  # widths of the hidden layers
+
+
+@dataclass
+class InContextConfig(ModelConfig):
+    """A transformer that reads the support set; classifier or regressor by the task."""
+
+    name: str = "incontext"
+    stem: str = "conv"  # images only: "conv" or "patch"
+    patch: int = 7  # images only: side of a patch in pixels
+    d_model: int = 64  # width
+    n_heads: int = 4  # attention heads; d_model is a multiple of it
+    n_layers: int = 3  # blocks
+    d_ff: int | None = None  # width of the feed-forward part; null: 4 * d_model
+    causal: bool = False  # regression only: learn from every length of the context at once
+
+
+# ----------------------------------------------------------------------------------------- learner, inner, adjoint, ops
+class LearnerKind(Enum):
+    """How a task is learnt."""
+
+    maml = "maml"
+    incontext = "incontext"
+
+
+class Adapt(Enum):
+    """Which parameters the inner steps move."""
+
+    all = "all"
+    head = "head"
+
+
+class AdjointKind(Enum):
+    """How the inner solution is differentiated."""
+
+    unrolled = "unrolled"
+    mixed_mode = "mixed_mode"
+    first_order = "first_order"
+    higher = "higher"
+
+
+class Backend(Enum):
+    """Backends of theria.ops.sdpa."""
+
+    auto = "auto"
+    reference = "reference"
+    custom = "custom"
+    triton = "triton"
+
+
+@dataclass
+class LearnerConfig:
+    """The algorithm that learns to learn."""
+
+    kind: LearnerKind = LearnerKind.maml  # maml: gradient steps on the support set; incontext: read it in one pass
+    adapt: Adapt = Adapt.all  # maml only. head: ANIL, the inner steps move the classifier alone
+    chunk_size: int | None = None  # maml only: tasks under one vmap; null: all of them
+
+
+@dataclass
+class InnerConfig:
+    """The inner optimiser of MAML: gradient descent on the support loss."""
+
+    lr: float = 0.1  # rate; the starting value where it is learned
+    momentum: float = 0.0  # 0: none
+    nesterov: bool = False  # Nesterov's form of momentum
+    learn_lr: bool = False  # one learned rate a parameter entry (Meta-SGD)
+    steps: int = 1  # steps while training
+    eval_steps: int | None = None  # steps while evaluating; null: as many as in training
+
+
+@dataclass
+class AdjointConfig:
+    """How to differentiate through the inner steps."""
+
+    kind: AdjointKind = AdjointKind.unrolled  # the gradients of unrolled, mixed_mode and higher are equal
+
+
+@dataclass
+class OpsConfig:
+    """The attention operator."""
+
+    backend: Backend = Backend.auto  # a named backend never becomes another one
+    matmul_precision: str = "highest"  # float32 matrix products on CUDA: highest | high | medium
+
+
+# ------------------------------------------------------------------------------------------------------------- trainer
+class Schedule(Enum):
+    """The outer rate over the steps, after the warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class Display(Enum):
+    """How progress is shown."""
+
+    auto = "auto"
+    bar = "bar"
+    plain = "plain"
+    off = "off"
+
+
+@dataclass
+class TrainerConfig:
+    """The outer loop. Everything that decides the parameters is counted in steps, so that a resumed run is exact."""
+
+    steps: int = 1000  # outer steps
+    max_minutes: float | None = None  # stop training earlier after this wall-clock time (summed over resumed parts)
+    lr: float = 1e-3  # outer rate of Adam
+    schedule: Schedule = Schedule.cosine  # cosine: down to zero at `steps`
+    warmup: int = 0  # steps of linear warm-up
+    weight_decay: float = 0.0  # decoupled (AdamW)
+    clip: float | None = None  # largest norm of the meta-gradient; null: no clipping
+    device: str = "auto"  # auto: cuda where there is one | cpu | cuda | cuda:1
+    threads: int | None = None  # torch's CPU threads; null: torch's choice
+    log_every: int = 10  # steps between metric lines
+    health_every: int = 0  # steps between comparisons of the full and the first-order meta-gradient; 0: never
+    val_every: int = 250  # steps between validations; 0: never
+    val_episodes: int = 100  # episodes of a validation
+    test_episodes: int = 600  # episodes of the final evaluation; 600 or more for a figure worth reporting
+    eval_tasks: int = 20  # tasks evaluated at once
+    checkpoint_every: int = 100  # steps between checkpoints; the last two are kept
+    resume: bool | str = False  # true: from the newest checkpoint of run_dir | a checkpoint file or run directory
+    pictures: bool = True  # draw the learning curve and an episode
+    display: Display = Display.auto  # auto: a live bar on a terminal, plain lines elsewhere
+
+
+# ------------------------------------------------------------------------------------------------------ tracking, debug
+class TrackingMode(Enum):
+    """Where scalars go besides metrics.jsonl."""
+
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases. metrics.jsonl is written whatever stands here."""
+
+    mode: TrackingMode = TrackingMode.offline  # offline: a folder for `wandb sync`; online: the server as well
+    project: str = "theria"  # project on the server
+    entity: str | None = None  # team or user on the server; null: the key's default
+    tags: list[str] = field(default_factory=list)  # labels of the run
+    timeout: float = 20.0  # seconds to wait for the server before going on offline
+
+
+@dataclass
+class DebugConfig:
+    """Faults and shortcuts for tests of the trainer itself."""
+
+    nan_step: int | None = None  # put a NaN into this step's episode
+    nan_task: int = 0  # and into this task of it
+    repeat_episode: bool = False  # train on one episode for ever: the loss must go to zero
+    step_seconds: float = 0.0  # sleep in every step, so that a signal can be aimed
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    task: TaskConfig = MISSING
+    model: ModelConfig = MISSING
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    adjoint: AdjointConfig = field(default_factory=AdjointConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    name: str = MISSING  # the folder under outputs/ and the group of the tracker
+    seed: int = 0  # of the parameters and of the tasks
+    run_dir: str = MISSING  # where everything of the run is written
+
+
+@dataclass
+class EvaluateConfig:
+    """`python -m experiments.evaluate`."""
+
+    checkpoint: str = MISSING  # a checkpoint file, or a run directory (its newest good checkpoint)
+    episodes: int = 600  # episodes; 600 or more for a figure worth reporting
+    subset: str = "test"  # train | val | test
+    seed: int | None = None  # of the episodes; null: those of the run's own final evaluation
+    inner_steps: int | None = None  # steps of adaptation; null: as in the run
+    tasks: int = 20  # tasks evaluated at once
+    device: str = "auto"  # auto: cuda where there is one | cpu | cuda
+    run_dir: str = MISSING  # where evaluation.json is written

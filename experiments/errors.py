@@ -1,0 +1,101 @@
+"""Errors that a user can mend: what was given, what is needed, what to do. Anything else keeps its traceback."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+
+class UserError(Exception):
+    """Ends the program with its message and `exit_code`, without a traceback."""
+
+    exit_code = 2
+
+
+class NonFiniteError(UserError):
+    """The loss or the meta-gradient is not finite."""
+
+    exit_code = 3
+
+
+class Interrupted(UserError):
+    """A signal stopped the run after its checkpoint was written."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum  # the shell's convention: 130 for SIGINT, 143 for SIGTERM
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """'did you mean ...?' with the nearest valid name, or the list of them when none is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(valid)}"
+
+
+def unknown_setting(key: str, valid: Iterable[str]) -> str:
+    return f"{key}: there is no such setting; {nearest(key, valid)}"
+
+
+def run(entry: Callable[[], None]) -> None:
+    """Call a `hydra.main` function; turn errors that a user can mend into one message on stderr and an exit code."""
+    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a message of its own
+    try:
+        entry()
+    except UserError as error:
+        message, code = str(error), error.exit_code
+    except (HydraException, OmegaConfBaseException) as error:
+        if verbose:
+            raise
+        message, code = explain(error), UserError.exit_code
+    except KeyboardInterrupt:
+        message, code = "interrupted before training began: nothing to resume", 130
+    else:
+        return
+    print(f"error: {message}" if code < 128 else message, file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error: Exception) -> str:
+    """One message for an error of Hydra or OmegaConf, with the nearest valid name where a name is wrong."""
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: there is no such {group}; {nearest(name, error.options)}"
+    if isinstance(cause, OmegaConfBaseException):
+        return _explain_value(cause)
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if unknown:
+        return f"{unknown[1]}: there is no such name; {nearest(unknown[1], _groups_and_keys())}"
+    return " ".join(str(error).split("\n"))
+
+
+def _explain_value(error: OmegaConfBaseException) -> str:
+    key = error.full_key or str(error.key)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: a value is needed: give {key}=..."
+    if isinstance(error.parent_node, DictConfig) and str(error.key) not in error.parent_node.keys():  # noqa: SIM118
+        prefix = key[: len(key) - len(str(error.key))]  # (`in` without keys() misses what has no value yet)
+        return unknown_setting(key, [f"{prefix}{name}" for name in error.parent_node])
+    return f"{key}: {(error.msg or str(error)).splitlines()[0]}"
+
+
+def _groups_and_keys() -> list[str]:
+    from experiments.config import Config
+    from experiments.store import CONFIG_DIR
+
+    groups = [entry.name for entry in os.scandir(CONFIG_DIR) if entry.is_dir()]
+    schema = OmegaConf.structured(Config)
+    keys = [
+        f"{group}.{key}"
+        for group in schema
+        if not OmegaConf.is_missing(schema, group) and isinstance(schema[group], DictConfig)
+        for key in schema[group]
+    ]
+    return [*groups, *keys, "name", "seed", "run_dir"]

@@ -1,0 +1,61 @@
+"""Evaluate a checkpoint on held-out tasks.
+
+python -m experiments.evaluate checkpoint=outputs/default/<date_time> episodes=2000 subset=test
+"""
+
+import json
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from experiments import build, checkpoint, errors, store
+from experiments.config import EvaluateConfig
+from experiments.evaluation import Evaluation, evaluate
+
+
+def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path) -> Evaluation:
+    """Rebuild the learner from its checkpoint, evaluate it, write `run_dir`/evaluation.json.
+
+    Raises:
+        errors.UserError: no readable checkpoint, or settings that its run cannot be evaluated with.
+    """
+    if settings.episodes < 1 or settings.tasks < 1:
+        raise errors.UserError(f"episodes={settings.episodes}, tasks={settings.tasks}: both must be at least 1")
+    path, state = checkpoint.find(Path(settings.checkpoint))
+    run = store.from_container(state["config"])
+    run.trainer.device = settings.device
+    source = build.build_source(run, settings.subset, tasks=settings.tasks, seed=settings.seed)
+    learner = build.build_learner(run)
+    learner.load_state_dict(state["learner"])
+    learner.eval()
+    steps = next(n for n in (settings.inner_steps, run.inner.eval_steps, run.inner.steps) if n is not None)
+    result = evaluate(
+        learner,
+        source,
+        episodes=settings.episodes,
+        steps=steps,
+        subset=settings.subset,
+        alive=lambda: None,  # pyright: ignore
+    )
+    print(f"{path}, step {state['step']}")
+    print(result.text() + build.chance(run.task))
+    record = {"checkpoint": str(path), "step": state["step"], **result.record()}
+    (run_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    return result
+
+
+@hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="evaluate")
+def entry(cfg: DictConfig) -> float:
+    """Hydra's entry point."""
+    return evaluate_checkpoint(store.to_object(cfg), Path(HydraConfig.get().runtime.output_dir)).after.mean
+
+
+def main() -> None:
+    store.register()
+    errors.run(entry)
+
+
+if __name__ == "__main__":
+    main()

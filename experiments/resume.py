@@ -1,0 +1,67 @@
+"""Going on where a run stopped: which differences of the configuration are harmless, and the command that does it."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Config, Schedule
+from experiments.errors import UserError
+from experiments.store import container
+
+# What decides no parameter: it may differ between the parts of a resumed run.
+FREE = {
+    "name",
+    "run_dir",
+    "task.root",
+    "task.download",
+    "inner.eval_steps",
+    "trainer.resume",
+    "trainer.max_minutes",
+    "trainer.threads",
+    "trainer.log_every",
+    "trainer.health_every",
+    "trainer.val_every",
+    "trainer.val_episodes",
+    "trainer.test_episodes",
+    "trainer.eval_tasks",
+    "trainer.checkpoint_every",
+    "trainer.pictures",
+    "trainer.display",
+    "debug.nan_step",
+    "debug.nan_task",
+    "debug.step_seconds",
+}
+
+
+def check_same(config: Config, saved: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to go on under settings that would have led elsewhere.
+
+    Raises:
+        UserError: with every setting that differs, its value in the checkpoint and now.
+    """
+    free = FREE | ({"trainer.steps"} if config.trainer.schedule is Schedule.constant else set())
+    now, before = _flat(container(config)), _flat(saved)
+    differ = [
+        f"{key}: {before.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key) and key not in free and not key.startswith("tracking.")
+    ]
+    if differ:
+        raise UserError(
+            f"{checkpoint} belongs to another configuration, so the run cannot be continued from it:\n  "
+            + "\n  ".join(differ)
+            + "\nGive the settings of the checkpoint, or start a new run without trainer.resume."
+        )
+
+
+def command(overrides: Sequence[str], run_dir: Path) -> str:
+    """What to type to go on."""
+    kept = [item for item in overrides if item.split("=")[0].lstrip("+") not in ("run_dir", "trainer.resume")]
+    return shlex.join(["python", "-m", "experiments.train", *kept, f"run_dir={run_dir}", "trainer.resume=true"])
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix[:-1]: values}
+    return {key: value for name in values for key, value in _flat(values[name], f"{prefix}{name}.").items()}

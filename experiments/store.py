@@ -1,0 +1,80 @@
+"""Hydra's store of schemas, and the way from its configuration to dataclasses and back."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.config import (
+    Config,
+    ConvNetConfig,
+    DigitsConfig,
+    EvaluateConfig,
+    GlyphsConfig,
+    InContextConfig,
+    LinearRegressionConfig,
+    MLPConfig,
+    OmniglotConfig,
+    SinusoidConfig,
+    TransformerConfig,
+)
+from experiments.errors import UserError, unknown_setting
+
+CONFIG_DIR = str(Path(__file__).resolve().parent.parent / "configs")
+TASKS = {
+    schema.name: schema
+    for schema in (GlyphsConfig, DigitsConfig, OmniglotConfig, SinusoidConfig, LinearRegressionConfig)
+}
+MODELS = {schema.name: schema for schema in (TransformerConfig, ConvNetConfig, MLPConfig, InContextConfig)}
+
+
+def register() -> None:
+    """Put every schema into Hydra's store; the YAML files of `configs/` name them in their defaults lists."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    for group, schemas in {"task": TASKS, "model": MODELS}.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def to_object(cfg: DictConfig) -> Any:
+    """The composed configuration as its dataclasses.
+
+    Raises:
+        UserError: for a name that `+name=value` added and no schema has; Hydra refuses the same without the plus.
+    """
+    _check_names(cfg, "")
+    return OmegaConf.to_object(cfg)
+
+
+def container(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON values, enumerations by their names."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # pyright: ignore
+
+
+def from_container(values: dict[str, Any]) -> Config:
+    """The inverse of `container`: the run's own configuration, from its checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of a version whose settings this one does not have.
+    """
+    try:
+        schema = OmegaConf.structured(Config)
+        schema.task = TASKS[values["task"]["name"]]
+        schema.model = MODELS[values["model"]["name"]]
+        return OmegaConf.to_object(OmegaConf.merge(schema, values))  # pyright: ignore[reportReturnType]
+    except Exception as error:
+        raise UserError(f"the checkpoint's configuration does not fit this version: {error}") from error
+
+
+def _check_names(node: DictConfig, prefix: str) -> None:
+    schema = OmegaConf.get_type(node)
+    known = [f"{prefix}{item.name}" for item in fields(schema)]  # pyright: ignore[reportArgumentType]
+    for name in map(str, node):
+        if f"{prefix}{name}" not in known:
+            raise UserError(unknown_setting(f"{prefix}{name}", known))
+        if not OmegaConf.is_missing(node, name) and isinstance(node[name], DictConfig):
+            _check_names(node[name], f"{prefix}{name}.")

@@ -1,0 +1,148 @@
+"""Train a learner on a family of tasks.
+
+python -m experiments.train                                the default run: 5-way 1-shot on rendered characters
+python -m experiments.train experiment=sinusoid_maml       one of configs/experiment
+python -m experiments.train task.ways=10 inner.steps=3     any setting by its name
+python -m experiments.train --multirun seed=0,1,2          one run after the other
+python -m experiments.train run_dir=DIR trainer.resume=true
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import build, checkpoint, errors, pictures, progress, resume, store, tracking
+from experiments.config import Config, LinearRegressionConfig
+from experiments.evaluation import Evaluation
+from experiments.interrupt import SignalWatch
+from experiments.trainer import Parts, Trainer
+
+
+def train(settings: Config, run_dir: Path, overrides: list[str]) -> Evaluation:
+    """One run: everything that it leaves is in `run_dir`. Returns the figures on the test classes.
+
+    Raises:
+        errors.UserError: something that the caller can mend; its text says what.
+    """
+    build.check(settings)
+    torch.set_float32_matmul_precision(settings.ops.matmul_precision)
+    if settings.trainer.threads is not None:
+        torch.set_num_threads(settings.trainer.threads)
+    sources = build.build_sources(settings)
+    learner = build.build_learner(settings)
+    found = _checkpoint(settings, run_dir)
+    state = None if found is None else found[1]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    container = store.container(settings)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(container))
+    done = 0 if state is None else state["step"]
+    with (
+        SignalWatch() as watch,
+        progress.progress(settings.trainer.display, settings.trainer.steps, done) as shown,
+    ):
+        tracker = tracking.start(settings.tracking, run_dir, container, shown.say, done)
+        command = resume.command(overrides, run_dir)
+        trainer = Trainer(Parts(settings, run_dir, learner, sources, tracker, shown, watch, command))
+        if state is not None and found is not None:
+            trainer.restore(state, _validated(run_dir))
+            shown.say(f"resumed from {found[0]} at step {done}")
+        return _run(trainer)
+
+
+def _run(trainer: Trainer) -> Evaluation:
+    """Train, evaluate, draw; whatever happens, the tracker is closed."""
+    code = 1
+    try:
+        result = trainer.run()
+        _report(trainer, result)
+        code = 0
+    except errors.UserError as error:
+        code = error.exit_code
+        raise
+    finally:
+        trainer.parts.tracker.finish(code)
+    return result
+
+
+def _report(trainer: Trainer, result: Evaluation) -> None:
+    """results.json, the pictures, and the lines that end a run."""
+    parts = trainer.parts
+    record = {"step": trainer.step, "seconds": round(trainer.elapsed, 1), **result.record()}
+    (parts.run_dir / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    if trainer.trainer.pictures:
+        for path in _draw(trainer, result):
+            parts.tracker.picture(trainer.step, path.stem, path)
+    minutes = trainer.elapsed / 60
+    parts.progress.say(f"\n{trainer.step} steps in {minutes:.1f} minutes; everything is in {parts.run_dir}")
+    parts.progress.say(result.text() + build.chance(parts.config.task))
+
+
+def _draw(trainer: Trainer, result: Evaluation) -> list[Path]:
+    parts, folder = trainer.parts, trainer.parts.run_dir / "pictures"
+    task = parts.config.task
+    rows = tracking.read(parts.run_dir / tracking.METRICS)
+    steps = len(result.curve) - 1
+    drawn = [
+        pictures.learning_curve(rows, result.metric, folder / "learning_curve.png"),
+        pictures.episode(parts.learner, parts.sources["test"].sample(0), steps, folder / "episode.png"),  # pyright: ignore
+    ]
+    if result.axis:
+        # Noiseless least squares of minimum norm from n points of dimension d leaves max(0, d - n) of the variance d.
+        exact = isinstance(task, LinearRegressionConfig) and task.noise == 0 and result.axis == "context length"
+        baseline = [max(0.0, task.dim - n) for n in range(len(result.curve))] if exact else None  # pyright: ignore
+        drawn.append(pictures.inner_curve(result, folder / "inner_curve.png", baseline))
+    return drawn
+
+
+def _checkpoint(settings: Config, run_dir: Path) -> tuple[Path, dict] | None:
+    """Where to go on from: None for a run that begins.
+
+    Raises:
+        errors.UserError: nothing readable there, another configuration, or a run that would overwrite an older one.
+    """
+    wanted = settings.trainer.resume
+    if not wanted:
+        if checkpoint.saved(run_dir):
+            raise errors.UserError(
+                f"{run_dir} holds the checkpoints of an earlier run: continue it with trainer.resume=true, or give "
+                "another run_dir"
+            )
+        return None
+    found = checkpoint.newest(run_dir, _warn) if wanted is True else checkpoint.find(Path(str(wanted)), _warn)
+    if found is None:
+        _warn(f"{run_dir} holds no checkpoint: starting at step 0")
+        return None
+    resume.check_same(settings, found[1]["config"], found[0])
+    return found
+
+
+def _validated(run_dir: Path) -> int:
+    """The last step whose validation is among the kept metrics; -1: none."""
+    rows = tracking.read(run_dir / tracking.METRICS)
+    return max((row["step"] for row in rows if any(key.startswith("val/") for key in row)), default=-1)
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="train")
+def entry(cfg: DictConfig) -> float:
+    """Hydra's entry point; returns the test figure, so that a sweeper can optimise it."""
+    hydra_config = HydraConfig.get()
+    result = train(store.to_object(cfg), Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+    return result.after.mean
+
+
+def main() -> None:
+    store.register()
+    errors.run(entry)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The outer loop: steps, figures, validation, checkpoints, and every way it can end."""
+
+import math
+import resource as system
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments import checkpoint, health, store
+from experiments.config import Config, Schedule, TrainerConfig
+from experiments.errors import Interrupted, NonFiniteError
+from experiments.evaluation import Evaluation, evaluate, metric_name, task_metric
+from experiments.interrupt import SignalWatch
+from experiments.learners import Learner
+from experiments.progress import Progress
+from experiments.tracking import Tracker
+from theria.data import Episode, TaskSource
+
+
+@dataclass
+class Parts:
+    """What a trainer works with; `resume_command` is told to whoever stops it."""
+
+    config: Config
+    run_dir: Path
+    learner: Learner
+    sources: dict[str, TaskSource]
+    tracker: Tracker
+    progress: Progress
+    watch: SignalWatch
+    resume_command: str
+
+
+def learning_rate(config: TrainerConfig, step: int) -> float:
+    """The outer rate of a step, counted from 0: a linear warm-up, then constant or half a cosine to 0 at `steps`."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule is Schedule.constant:
+        return config.lr
+    share = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+class Trainer:
+    """Adam on the mean query loss of an episode a step; a step is a pure function of the state before it."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.config, self.trainer = parts, parts.config, parts.config.trainer
+        self.learner, self.say = parts.learner, parts.progress.say
+        self.parameters = [p for p in self.learner.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=self.trainer.lr, weight_decay=self.trainer.weight_decay, foreach=True
+        )
+        self.step = 0  # outer steps done; also the state of the sampler, whose episodes are pure in the step
+        self.validated = -1  # the last step that was validated
+        self._before, self._begun = 0.0, time.monotonic()
+        self._measured: dict[str, float] = {}  # the newest figures, shown until there are newer ones
+
+    # ------------------------------------------------------------------------------------------------------- state
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those before a resumption included."""
+        return self._before + time.monotonic() - self._begun
+
+    def save(self) -> Path:
+        return checkpoint.save(
+            self.parts.run_dir,
+            {
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "learner": self.learner.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "config": store.container(self.config),
+            },
+        )
+
+    def restore(self, state: dict[str, Any], validated: int) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        checkpoint.restore_rng(state["rng"])
+        self.step, self._before, self.validated = state["step"], state["elapsed"], validated
+        self._begun = time.monotonic()
+
+    # -------------------------------------------------------------------------------------------------------- loop
+    def run(self) -> Evaluation:
+        """Train to the end and evaluate on the test classes.
+
+        Raises:
+            Interrupted: after a signal; the checkpoint is written and the message says how to go on.
+            NonFiniteError: a loss or gradient that is not finite; nothing was updated with it.
+        """
+        if self.step == 0:
+            self.save()
+        while True:
+            if self._due(self.trainer.val_every) and self.validated < self.step:
+                self.validate()
+            if self.step >= self.trainer.steps or self._out_of_time():
+                break
+            self._train_step()
+            if self._due(self.trainer.checkpoint_every):
+                self.save()
+            self.alive()
+        self.save()
+        return self.test()
+
+    def alive(self) -> None:
+        """Stop here if a signal came."""
+        signum = self.parts.watch.received
+        if signum is not None:
+            path = self.save()
+            message = f"stopped at step {self.step}: {path} is written\nresume: {self.parts.resume_command}"
+            raise Interrupted(message, signum)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _out_of_time(self) -> bool:
+        budget = self.trainer.max_minutes
+        if budget is None or self.elapsed < 60 * budget:
+            return False
+        self.say(f"trainer.max_minutes={budget:g} is used up at step {self.step} of {self.trainer.steps}")
+        return True
+
+    # -------------------------------------------------------------------------------------------------------- step
+    def _train_step(self) -> None:
+        begun = time.monotonic()
+        episode = self._episode()
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.trainer, self.step)
+        self.optimiser.zero_grad()
+        loss = self.learner(episode)
+        loss.backward()
+        loss = loss.detach()
+        clip = math.inf if self.trainer.clip is None else self.trainer.clip
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        if not bool(loss.isfinite() & norm.isfinite()):
+            self._stop_nonfinite(episode, loss, norm)
+        logged = (self.step + 1) % self.trainer.log_every == 0
+        measured = self._measure(episode) if logged else {}
+        self.optimiser.step()
+        time.sleep(self.config.debug.step_seconds)
+        self.step += 1
+        self._show(float(loss), float(norm), measured, time.monotonic() - begun, logged)
+
+    def _episode(self) -> Episode:
+        debug = self.config.debug
+        episode = self.parts.sources["train"].sample(0 if debug.repeat_episode else self.step)
+        if debug.nan_step == self.step:
+            episode.query_x[debug.nan_task] = math.nan
+        return episode
+
+    def _measure(self, episode: Episode) -> dict[str, float]:
+        """Figures of the training episode before the update that it causes."""
+        with torch.no_grad():
+            figure = task_metric(self.learner.predict(episode), episode.query_y).mean()  # pyright: ignore
+        return {f"train/{metric_name(episode)}": float(figure)}
+
+    def _stop_nonfinite(self, episode: Episode, loss: Tensor, norm: Tensor) -> None:
+        task = health.bad_task(self.learner, episode)
+        where = "no single task (only their sum)" if task is None else f"task {task}"
+        what = f"loss {float(loss)}" if not bool(loss.isfinite()) else f"gradient norm {float(norm)}"
+        self.parts.tracker.scalars(self.step, {"gradient/nonfinite": health.nonfinite_count(self.learner)})
+        finite = all(bool(p.isfinite().all()) for p in self.parameters)
+        good = self.save() if finite else checkpoint.saved(self.parts.run_dir)[-1]
+        raise NonFiniteError(
+            f"step {self.step}, {where}: {what} is not finite; the parameters were not updated with it.\n"
+            f"last good checkpoint: {good}\n"
+            "Lower trainer.lr or inner.lr, or bound the gradient with trainer.clip=1."
+        )
+
+    # ----------------------------------------------------------------------------------------------------- figures
+    def _show(self, loss: float, norm: float, measured: dict[str, float], seconds: float, logged: bool) -> None:
+        speed = self.config.task.tasks / seconds
+        self._measured |= measured
+        figures = {"loss": f"{loss:.3f}"}
+        figures |= {name.split("/")[1]: f"{value:.3f}" for name, value in self._measured.items()}
+        self.parts.progress.update(self.step, figures | {"tasks/s": f"{speed:.0f}"})
+        if not logged:
+            return
+        values = {
+            "train/loss": loss,
+            **measured,
+            "train/lr": self.optimiser.param_groups[0]["lr"],
+            "gradient/norm": norm,
+            "gradient/nonfinite": 0,
+            "system/tasks_per_second": speed,
+            "system/seconds": self.elapsed,
+            "system/peak_memory_mb": _peak_memory_mb(),
+        }
+        self.parts.tracker.scalars(self.step, values | self._health())
+
+    def _health(self) -> dict[str, float]:
+        """The second-order share of the meta-gradient and the learned inner rates, every `health_every` steps."""
+        if not self._due(self.trainer.health_every):
+            return {}
+        share = health.second_order_share(self.learner, self._episode())
+        rates = health.inner_rates(self.learner)
+        found = {} if share is None else {"gradient/second_order": share}
+        return found | ({} if rates is None else {"inner/lr_mean": rates[0], "inner/lr_min": rates[1]})
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+    def validate(self) -> None:
+        result = self._evaluate("val", self.trainer.val_episodes)
+        self.validated = self.step
+        self.say(f"step {self.step}: {result.text()}")
+
+    def test(self) -> Evaluation:
+        return self._evaluate("test", self.trainer.test_episodes)
+
+    def _evaluate(self, subset: str, episodes: int) -> Evaluation:
+        inner = self.config.inner
+        steps = inner.steps if inner.eval_steps is None else inner.eval_steps
+        self.learner.eval()
+        try:
+            source = self.parts.sources[subset]
+            result = evaluate(
+                self.learner,
+                source,
+                episodes=episodes,
+                steps=steps,
+                subset=subset,
+                alive=self.alive,  # pyright: ignore
+            )
+        finally:
+            self.learner.train()
+        self.parts.tracker.scalars(self.step, result.scalars())
+        return result
+
+
+def _peak_memory_mb() -> float:
+    """The largest resident memory of this process so far."""
+    peak = system.getrusage(system.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
