@@ -130,7 +130,9 @@ class ClassDataset:
 
 def _checked_images(images: Tensor) -> Tensor:
     if not isinstance(images, Tensor):
-        raise TypeError(f"ClassDataset: images is a {type(images).__name__}; a tensor is needed: torch.as_tensor(images)")
+        raise TypeError(
+            f"ClassDataset: images is a {type(images).__name__}; a tensor is needed: torch.as_tensor(images)"
+        )
     if images.ndim < 3 or 0 in images.shape:
         raise ValueError(
             f"ClassDataset: images has shape {tuple(images.shape)}; (classes, samples, *x) with no empty axis is needed"
