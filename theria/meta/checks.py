@@ -1,0 +1,107 @@
+"""Every message of the meta-learners: what was given, what is needed, what to do."""
+
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor
+
+Adapt = Callable[[str], bool] | str | Sequence[str] | None
+
+
+def check_steps(steps: Any, least: int) -> int:
+    """`steps`, when it is an integer of at least `least`."""
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps={steps!r} is a {type(steps).__name__}: give the number of inner steps as an int")
+    if steps < least:
+        raise ValueError(f"steps={steps}: give at least {least} inner step{'s' if least != 1 else ''}")
+    return steps
+
+
+def select(names: Sequence[str], adapt: Adapt) -> list[str]:
+    """The names that are adapted, in the order of `names`.
+
+    Args:
+        adapt: None for all; a predicate on names; a name or names, each of a parameter or of a module whose
+            parameters are meant ("head" selects "head.weight" and "head.bias").
+    """
+    if not names:
+        raise ValueError("the model has no parameters: there is nothing to adapt")
+    if adapt is None:
+        return list(names)
+    if callable(adapt):
+        chosen = [name for name in names if adapt(name)]
+        if not chosen:
+            raise ValueError(f"adapt selects none of the parameters {_listed(names)}: make it true for at least one")
+        return chosen
+    wanted = [adapt] if isinstance(adapt, str) else list(adapt)
+    if not wanted:
+        raise ValueError(f"adapt is empty: give names among {_listed(names)}, or None for all")
+    for prefix in wanted:
+        if not any(_within(name, prefix) for name in names):
+            near = get_close_matches(prefix, [*names, *(name.rpartition(".")[0] for name in names)], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"adapt={prefix!r} is no parameter or module of {_listed(names)}{hint}")
+    return [name for name in names if any(_within(name, prefix) for prefix in wanted)]
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_scalar(loss: Any, what: str) -> Tensor:
+    """`loss`, when it is a floating-point scalar tensor."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn returned a {type(loss).__name__} for the {what}: return a scalar tensor")
+    if loss.ndim or not loss.is_floating_point():
+        raise ValueError(
+            f"loss_fn returned shape {tuple(loss.shape)}, {loss.dtype} for the {what}: it has to return one "
+            f"floating-point number, such as the mean over the samples"
+        )
+    return loss
+
+
+def check_support(x: Tensor, y: Tensor) -> None:
+    """One task's data: as many inputs as targets, at least one."""
+    if x.ndim == 0 or y.ndim == 0 or x.shape[0] != y.shape[0] or x.shape[0] == 0:
+        raise ValueError(
+            f"support_x {tuple(x.shape)} and support_y {tuple(y.shape)}: one task has shapes (S, ...) and (S, ...) "
+            f"with the same S of at least 1; several tasks are for learner(episode) and learner.predict(episode)"
+        )
+
+
+def is_batched(episode: Any, batched: bool | None) -> bool:
+    """Whether the tensors of an episode have a leading dimension of tasks.
+
+    Inferred from the shapes when `batched` is None: targets of one dimension are one task; otherwise several tasks
+    wherever the shapes allow it. Only one task with (S, C, ...) inputs, (S, C) targets and as many queries as
+    supports reads as several; give `batched=False` there.
+    """
+    try:
+        sx, sy, qx, qy = (tuple(part.shape) for part in episode)
+    except (TypeError, ValueError, AttributeError):
+        raise TypeError(
+            f"an episode is (support_x, support_y, query_x, query_y), four tensors; given {type(episode).__name__}"
+        ) from None
+    one = _consistent(sx, sy, qx, qy, 0)
+    many = len(sx) > 2 and len(sy) > 1 and sx[:1] == sy[:1] == qx[:1] == qy[:1] and _consistent(sx, sy, qx, qy, 1)
+    if batched is None:
+        batched = len(sy) > 1 and many
+    if not (many if batched else one):
+        raise ValueError(
+            f"episode shapes support_x {sx}, support_y {sy}, query_x {qx}, query_y {qy} do not fit together: one task "
+            f"has (S, *x), (S, *y), (Q, *x), (Q, *y) with S, Q >= 1; T tasks have the same after a leading T"
+        )
+    return batched
+
+
+def _consistent(sx: tuple[int, ...], sy: tuple[int, ...], qx: tuple[int, ...], qy: tuple[int, ...], d: int) -> bool:
+    """Whether dimension `d` counts the samples and what follows it agrees between support and query."""
+    if min(map(len, (sx, sy, qx, qy))) <= d or 0 in (*sx[: d + 1], *qx[: d + 1]):
+        return False
+    return sx[d] == sy[d] and qx[d] == qy[d] and sx[d + 1 :] == qx[d + 1 :] and sy[d + 1 :] == qy[d + 1 :]

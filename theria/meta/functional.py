@@ -1,0 +1,76 @@
+"""An `nn.Module` as a pure function of its parameters.
+
+NOTE [buffers are constants]. Every forward reads copies of the buffers; the module's own are never written. So:
+- BatchNorm normalises by the batch it is given, in training and in evaluation, as the MAML paper does ("transductive"),
+  and keeps no running average; with `batch_norm="running"` it uses the stored averages as constants instead.
+- A module that writes another buffer in its forward (a counter, spectral norm's vectors) raises: under `vmap` each task
+  would need its own, and a forward would no longer be a function of its arguments.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from theria.meta.optimisers import Params
+
+Predictor = Callable[[Params, Tensor], Tensor]
+
+
+def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
+    """The function (params, x) -> module(x) with these parameters; shared parameters are given once, by first name.
+
+    Raises:
+        ValueError: an unknown `batch_norm`, or "running" where a BatchNorm layer keeps no running statistics.
+        RuntimeError: when called, if the forward writes a buffer.
+    """
+    if batch_norm not in ("batch", "running"):
+        raise ValueError(f"batch_norm={batch_norm!r} is not known: give 'batch' or 'running'")
+    if batch_norm == "running":
+        for name, layer in _batch_norms(module):
+            if layer.running_mean is None:
+                raise ValueError(f"batch_norm='running', but layer {name!r} keeps no running statistics: give 'batch'")
+
+    def predict(params: Params, x: Tensor) -> Tensor:
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        with _statistics(module, batch_norm):
+            try:
+                out = functional_call(module, {**params, **buffers}, (x,))
+            except RuntimeError as error:
+                if "vmap: inplace" in str(error) and buffers:
+                    raise RuntimeError(_written(", ".join(buffers))) from error
+                raise
+        for name, copy in buffers.items():
+            if copy._version:
+                raise RuntimeError(_written(name))
+        return out
+
+    return predict
+
+
+def _written(names: str) -> str:
+    return (
+        f"the module's forward writes in place to a buffer (of: {names}). Inside a meta-learner buffers are "
+        f"constants: remove the update, or replace the layer by one without running state"
+    )
+
+
+def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm))
+
+
+@contextmanager
+def _statistics(module: nn.Module, batch_norm: str) -> Iterator[None]:
+    """For one forward: every BatchNorm reads the batch (and writes nothing), or reads its running averages."""
+    layers = [(layer, layer.training, layer.track_running_stats) for _, layer in _batch_norms(module)]
+    try:
+        for layer, _, _ in layers:
+            # Training without tracking passes no running statistics to the kernel; evaluation passes them read-only.
+            layer.training = batch_norm == "batch"
+            layer.track_running_stats = batch_norm == "running"
+        yield
+    finally:
+        for layer, training, tracking in layers:
+            layer.training, layer.track_running_stats = training, tracking

@@ -1,0 +1,221 @@
+"""The outer gradient by a reverse sweep over stored parameters (MixFlow-MG, Kemaev et al. 2025, arXiv 2505.00793).
+
+Let theta_{t+1}, s_{t+1} = U(g_t, s_t, theta_t, h) with g_t = grad_theta L(theta_t, c), t = 0 .. T-1. The forward pass
+stores (theta_t, s_t) only. Backwards, from the cotangents (a, b) of (theta_{t+1}, s_{t+1}):
+
+    w     = (dU/dg)^T (a, b)                              element-wise; needs no value of g_t when U is affine in it
+    g_t,
+    H w   = jvp of grad_theta L along theta-tangent w     forward over reverse: one pass gives all three,
+    M w   = jvp of grad_c L     along the same tangent    for d/dc (g . w) = M w by symmetry of second derivatives
+    a'    = (dU/dtheta)^T (a, b) + H w,   b' = (dU/ds)^T (a, b)
+    cbar += M w,                          hbar += (dU/dh)^T (a, b)
+
+Each line frees what it used before the next, so the activations of one step are alive at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from theria.meta.adjoint import Adjoint, Context, InnerLoss
+from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
+from theria.meta.replay import RandomStates, probe
+
+
+@dataclass(frozen=True)
+class MixedMode(Adjoint):
+    """Exact first derivative; memory of the parameter trajectory and one step, whatever the activations.
+
+    Equal to `Unrolled` to rounding, with tasks under `vmap` and through `loss.backward()` or `torch.func.grad`.
+    The inner loss runs once more in each step on the way back; random numbers (dropout) are replayed there.
+
+    Raises:
+        NotImplementedError: when its gradient is differentiated again, or differentiated in forward mode.
+        ValueError: when the inner loss depends on a tensor that needs a gradient and is not one of its arguments.
+    """
+
+    def solve(
+        self,
+        inner_loss: InnerLoss,
+        params: Params,
+        context: Context,
+        optimiser: InnerOptimiser,
+        hyper: Hyper,
+        steps: int,
+    ) -> Params:
+        if steps == 0:
+            return params
+        leaves, spec = pytree.tree_flatten((params, context, hyper))
+        where = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        tensors = [leaves[i] for i in where]
+        constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        random = RandomStates(tensors) if probe(inner_loss, params, context, tensors) else None
+        n_hyper = len(pytree.tree_leaves(hyper))
+        loop = _Loop(inner_loss, optimiser, steps, len(params), n_hyper, spec, where, constants, random)
+        final: tuple[Tensor, ...] = _InnerLoop.apply(loop, *tensors)  # type: ignore[assignment]
+        return dict(zip(params, final, strict=False))  # the trajectory follows
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """Everything about one inner loop that is not a tensor, and how its tensors are laid out."""
+
+    inner_loss: InnerLoss
+    optimiser: InnerOptimiser
+    steps: int
+    n_params: int
+    n_hyper: int
+    spec: pytree.TreeSpec
+    where: tuple[int, ...]
+    constants: tuple[Any, ...]
+    random: RandomStates | None
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> tuple[Params, Context, Hyper]:
+        """The (params, context, hyper) made of these tensors and the constants."""
+        leaves = list(self.constants)
+        for i, tensor in zip(self.where, tensors, strict=True):
+            leaves[i] = tensor
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def points(self, params: Params, trajectory: Sequence[Tensor]) -> list[tuple[Params, State]]:
+        """The (theta_t, s_t) for t = 0 .. T-1, from theta_0 and the stored rest."""
+        leaves, spec = pytree.tree_flatten((params, self.optimiser.init(params)))
+        chunks = [leaves, *(trajectory[i : i + len(leaves)] for i in range(0, len(trajectory), len(leaves)))]
+        return [pytree.tree_unflatten(list(chunk), spec) for chunk in chunks]
+
+    @contextmanager
+    def replay(self, t: int) -> Iterator[None]:
+        """Draw the random numbers of step t again."""
+        with self.random.replay(t) if self.random else nullcontext():
+            yield
+
+
+class _InnerLoop(torch.autograd.Function):
+    """Tensors of (params, context, hyper) -> final parameters, then the trajectory as non-differentiable outputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loop: _Loop, *tensors: Tensor) -> tuple[Tensor, ...]:
+        params, context, hyper = loop.unflatten([tensor.detach() for tensor in tensors])
+        state = loop.optimiser.init(params)
+        trajectory: list[Tensor] = []
+        for t in range(loop.steps):
+            if t:
+                trajectory += pytree.tree_leaves((params, state))
+            if loop.random:
+                loop.random.record()
+            grads = torch.func.grad(loop.inner_loss)(params, context)
+            params, state = loop.optimiser.update(grads, state, params, hyper)
+        return (*params.values(), *trajectory)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        loop, *tensors = inputs
+        trajectory = output[loop.n_params :]
+        ctx.loop = loop
+        ctx.mark_non_differentiable(*trajectory)
+        ctx.save_for_backward(*tensors, *trajectory)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        needed = tuple(ctx.needs_input_grad[1:])
+        final = cotangents[: ctx.loop.n_params]
+        gradients = iter(_ReverseSweep.apply(ctx.loop, needed, *final, *ctx.saved_tensors))  # type: ignore[arg-type]
+        return None, *(next(gradients) if need else None for need in needed)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "MixedMode has no forward mode, and it was given a tangent (torch.func.jvp, jacfwd or hessian). "
+            "Use torch.func.grad or loss.backward(), or adjoint=Unrolled(), which has both modes"
+        )
+
+
+class _ReverseSweep(torch.autograd.Function):
+    """Cotangents of the final parameters -> gradients of the needed inputs.
+
+    A Function of its own so that it can refuse: left to autograd, the stored trajectory would be a constant and a
+    second differentiation would lose terms without an error. `once_differentiable` does not prevent that.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loop: _Loop, needed: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        constants = [tensor.detach() for tensor in tensors]
+        final, rest = constants[: loop.n_params], constants[loop.n_params :]
+        return _sweep(loop, needed, final, rest[: len(needed)], rest[len(needed) :])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise NotImplementedError(_DIFFERENTIATED_TWICE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_DIFFERENTIATED_TWICE)
+
+
+_DIFFERENTIATED_TWICE = (
+    "MixedMode differentiates once, and its meta-gradient was differentiated again: that takes third derivatives of "
+    "the inner loss. Use adjoint=Unrolled(), which has every order"
+)
+
+
+def _sweep(
+    loop: _Loop, needed: Sequence[bool], final: Sequence[Tensor], inputs: Sequence[Tensor], trajectory: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Lines of the module's docstring for t = T-1 .. 0; the gradients of the inputs marked in `needed`."""
+    params, _, hyper = loop.unflatten(inputs)
+    first, last = loop.n_params, len(inputs) - loop.n_hyper
+    chosen = [i for i in range(first, last) if needed[i]]
+    selected = [inputs[i] for i in chosen]
+
+    def loss(params: Params, selected: Sequence[Tensor]) -> Tensor:
+        tensors = list(inputs)
+        for i, tensor in zip(chosen, selected, strict=True):
+            tensors[i] = tensor
+        return loop.inner_loss(params, loop.unflatten(tensors)[1])
+
+    points = loop.points(params, trajectory)
+    cotangent = (dict(zip(params, final, strict=True)), pytree.tree_map(torch.zeros_like, points[0][1]))
+    d_selected, d_hyper = [torch.zeros_like(x) for x in selected], pytree.tree_map(torch.zeros_like, hyper)
+    for t in reversed(range(loop.steps)):
+        cotangent, mixed, direct = _step_back(loop, t, loss, points.pop(), selected, hyper, cotangent)
+        d_selected = [total + part for total, part in zip(d_selected, mixed, strict=True)]
+        d_hyper = pytree.tree_map(torch.add, d_hyper, direct)
+
+    gradients: dict[int, Tensor] = dict(enumerate(cotangent[0].values()))
+    gradients |= dict(zip(chosen, d_selected, strict=True))
+    gradients |= dict(enumerate(pytree.tree_leaves(d_hyper), start=last))
+    return tuple(gradients[i] for i, need in enumerate(needed) if need)
+
+
+def _step_back(
+    loop: _Loop, t: int, loss: Any, point: tuple[Params, State], selected: list[Tensor], hyper: Hyper, cotangent: Any
+) -> tuple[tuple[Params, State], list[Tensor], Hyper]:
+    """Cotangent of (theta_{t+1}, s_{t+1}) -> that of (theta_t, s_t), and the terms of context and hyper."""
+    params, state = point
+    update = loop.optimiser.update
+    grads = params  # any point will do where the update is affine in the gradient
+    if not loop.optimiser.linear_in_gradient:
+        with loop.replay(t):
+            grads = torch.func.grad(loss)(params, selected)
+    (w,) = torch.func.vjp(lambda g: update(g, state, params, hyper), grads)[1](cotangent)
+
+    with loop.replay(t):
+        gradient = torch.func.grad(lambda both: loss(*both))
+        (grads, _), (curvature, mixed) = torch.func.jvp(lambda p: gradient((p, selected)), (params,), (w,))[:2]
+    pull = torch.func.vjp(lambda rest: update(grads, *rest), (state, params, hyper))[1]
+    ((d_state, d_params, d_hyper),) = pull(cotangent)
+    d_params = {name: d + curvature[name] for name, d in d_params.items()}
+    return (d_params, d_state), mixed, d_hyper
