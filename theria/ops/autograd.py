@@ -80,7 +80,7 @@ def _lift(x: Any, dim: int | None, size: int) -> Any:
     return x
 
 
-def _wanted(ops: Operands, needed: tuple[bool, ...]) -> Shapes:
+def _wanted(ops: Operands | Tangents, needed: tuple[bool, ...]) -> Shapes:
     """Shapes of q, k, v and mask where autograd asks for their cotangent."""
     return _Shapes(x.shape if need and x is not None else None for x, need in zip(ops[:4], needed, strict=False))
 
@@ -107,17 +107,18 @@ class Forward(_Rule):
         ctx.save_for_forward(*ops, o, lse)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, _: Any) -> Any:
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        do, _ = cotangents
         if do is None:
             return (None,) * 6
         *ops, o, lse = ctx.saved_tensors
         shapes = _wanted(Operands(*ops), ctx.needs_input_grad)
-        return (*Vjp.apply(*ops, o, lse, do, ctx.spec, shapes), None, None)
+        return (*vjp(Operands(*ops), o, lse, do, ctx.spec, shapes), None, None)
 
     @staticmethod
-    def jvp(ctx: Any, tq: Any, tk: Any, tv: Any, tmask: Any, *_: Any) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         *ops, o, lse = ctx.saved_tensors
-        to, _tau = Jvp.apply(*ops, o, lse, tq, tk, tv, tmask, ctx.spec)
+        to, _ = jvp(Operands(*ops), o, lse, Tangents(*tangents[:4]), ctx.spec)
         return to, None
 
 
@@ -140,19 +141,18 @@ class Vjp(_Rule):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         if not _any(cotangents):
             return (None,) * 10
-        *ops, o, lse, do = ctx.saved_tensors
-        to, tau = Jvp.apply(*ops, o, lse, *cotangents, ctx.spec)
-        shapes = _wanted(Operands(*ops), ctx.needs_input_grad)
-        grads = (None,) * 4
-        if _any(shapes):
-            grads = Hvp.apply(*ops, o, lse, do, *cotangents, None, to, tau, ctx.spec, shapes)
+        ops, (o, lse, do), t = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:], Tangents(*cotangents)
+        to, tau = jvp(ops, o, lse, t, ctx.spec)
+        shapes = _wanted(ops, ctx.needs_input_grad)
+        grads = hvp(ops, o, lse, do, t, None, to, tau, ctx.spec, shapes) if _any(shapes) else (None,) * 4
         return (*grads, None, None, None, to if ctx.needs_input_grad[7] else None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, tq: Any, tk: Any, tv: Any, tmask: Any, _seed: Any, _o: Any, _lse: Any, tdo: Any, *_: Any) -> Any:
-        *ops, o, lse, do = ctx.saved_tensors
-        to, tau = Jvp.apply(*ops, o, lse, tq, tk, tv, tmask, ctx.spec)
-        return Hvp.apply(*ops, o, lse, do, tq, tk, tv, tmask, tdo, to, tau, ctx.spec, ctx.shapes)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        ops, (o, lse, do) = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        t, tdo = Tangents(*tangents[:4]), tangents[7]
+        to, tau = jvp(ops, o, lse, t, ctx.spec)
+        return hvp(ops, o, lse, do, t, tdo, to, tau, ctx.spec, ctx.shapes)
 
 
 class Jvp(_Rule):
@@ -172,28 +172,30 @@ class Jvp(_Rule):
         ctx.save_for_forward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx: Any, w: Tensor | None, _: Any) -> Any:
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        w, _ = cotangents
         if w is None:
             return (None,) * 12
-        *ops, o, lse, tq, tk, tv, tmask, to, tau = ctx.saved_tensors
-        operands, needed = Operands(*ops), ctx.needs_input_grad
+        ops, t = Operands(*ctx.saved_tensors[:5]), Tangents(*ctx.saved_tensors[7:11])
+        (o, lse), (to, tau) = ctx.saved_tensors[5:7], ctx.saved_tensors[11:]
         grads = tangent_grads = (None,) * 4
-        if any(needed[:4]):
-            shapes = _wanted(operands, needed[:4])
-            grads = Hvp.apply(*ops, o, lse, w, tq, tk, tv, tmask, None, to, tau, ctx.spec, shapes)
-        if any(needed[7:11]):
-            shapes = _wanted(Operands(tq, tk, tv, tmask, None), needed[7:11])
-            tangent_grads = Vjp.apply(*ops, o, lse, w, ctx.spec, shapes)
+        if any(ctx.needs_input_grad[:4]):
+            shapes = _wanted(ops, ctx.needs_input_grad)
+            grads = hvp(ops, o, lse, w, t, None, to, tau, ctx.spec, shapes)
+        if any(ctx.needs_input_grad[7:11]):
+            shapes = _wanted(t, ctx.needs_input_grad[7:11])
+            tangent_grads = vjp(ops, o, lse, w, ctx.spec, shapes)
         return (*grads, None, None, None, *tangent_grads, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        *ops, o, lse, tq, tk, tv, tmask, _to, tau = ctx.saved_tensors
-        second, mixed = tangents[:4], tangents[7:11]
+        ops, t = Operands(*ctx.saved_tensors[:5]), Tangents(*ctx.saved_tensors[7:11])
+        (o, lse), tau = ctx.saved_tensors[5:7], ctx.saved_tensors[12]
+        second, mixed = Tangents(*tangents[:4]), Tangents(*tangents[7:11])
         if not _any(second):  # linear in the tangents, and still differentiable once more
-            return Jvp.apply(*ops, o, lse, *mixed, ctx.spec)[0], None
-        _, tau2 = Jvp.apply(*ops, o, lse, *second, ctx.spec)
-        return JvpJvp.apply(*ops, o, lse, tq, tk, tv, tmask, *second, *mixed, tau, tau2, ctx.spec), None
+            return jvp(ops, o, lse, mixed, ctx.spec)[0], None
+        _, tau2 = jvp(ops, o, lse, second, ctx.spec)
+        return jvp_jvp(ops, o, lse, t, second, mixed, tau, tau2, ctx.spec), None
 
 
 class Hvp(_Rule):
@@ -239,3 +241,52 @@ class JvpJvp(_Rule):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise _third_order("jvp_jvp", ctx.spec)
+
+
+# The five rules under the signatures of the reference, differentiable as far as the closure goes.
+
+
+def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """o, lse; see :func:`theria.ops.reference.forward`."""
+    return Forward.apply(*ops, spec)  # type: ignore[return-value]
+
+
+def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes) -> Any:
+    """dq, dk, dv, dmask; see :func:`theria.ops.reference.vjp`."""
+    return Vjp.apply(*ops, o, lse, do, spec, _Shapes(shapes))
+
+
+def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> Any:
+    """to, tau; see :func:`theria.ops.reference.jvp`."""
+    return Jvp.apply(*ops, o, lse, *t, spec)
+
+
+def hvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    to: Tensor,
+    tau: Tensor,
+    spec: AttentionSpec,
+    shapes: Shapes,
+) -> Any:
+    """tdq, tdk, tdv, tdmask; see :func:`theria.ops.reference.hvp`."""
+    return Hvp.apply(*ops, o, lse, do, *t, tdo, to, tau, spec, _Shapes(shapes))
+
+
+def jvp_jvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    t1: Tangents,
+    t2: Tangents,
+    t12: Tangents,
+    tau1: Tensor,
+    tau2: Tensor,
+    spec: AttentionSpec,
+) -> Any:
+    """tto; see :func:`theria.ops.reference.jvp_jvp`."""
+    return JvpJvp.apply(*ops, o, lse, *t1, *t2, *t12, tau1, tau2, spec)

@@ -51,10 +51,14 @@ def check_tensors(operands: dict[str, Tensor]) -> None:
 def check_dtypes(operands: dict[str, Tensor]) -> None:
     for name, x in operands.items():
         if not x.dtype.is_floating_point:
-            raise DtypeError(f"{name} has dtype {x.dtype}; attention needs a floating dtype. Convert it: {name}.float().")
+            raise DtypeError(
+                f"{name} has dtype {x.dtype}; attention needs a floating dtype. Convert it: {name}.float()."
+            )
     if len({x.dtype for x in operands.values()}) > 1:
         given = ", ".join(f"{name} {x.dtype}" for name, x in operands.items())
-        raise DtypeError(f"query, key and value must have one dtype; given {given}. Convert them with .to(query.dtype).")
+        raise DtypeError(
+            f"query, key and value must have one dtype; given {given}. Convert them with .to(query.dtype)."
+        )
 
 
 def check_devices(operands: dict[str, Tensor]) -> None:
@@ -92,7 +96,8 @@ def check_batch(query: Tensor, key: Tensor, value: Tensor) -> None:
     except RuntimeError:
         hint = " For grouped-query attention pass enable_gqa=True." if query.ndim > 2 else ""
         raise ArgumentError(
-            f"the leading dimensions of query {shapes[0]}, key {shapes[1]} and value {shapes[2]} do not broadcast.{hint}"
+            f"the leading dimensions of query {shapes[0]}, key {shapes[1]} and value {shapes[2]} do not "
+            f"broadcast.{hint}"
         ) from None
 
 
@@ -100,8 +105,8 @@ def check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 3:
             raise ArgumentError(
-                f"enable_gqa=True needs a head dimension; {name} has shape {tuple(x.shape)}, and (..., H, length, width) "
-                f"is needed."
+                f"enable_gqa=True needs a head dimension; {name} has shape {tuple(x.shape)}, and "
+                f"(..., H, length, width) is needed."
             )
         if query.shape[-3] % max(x.shape[-3], 1):
             raise ArgumentError(
@@ -120,8 +125,8 @@ def check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
 def check_mask(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise DtypeError(
-            f"attn_mask has dtype {mask.dtype}; torch.bool (True attends), {query.dtype} (as query) or torch.float32 is "
-            f"needed. Convert it: attn_mask.to(query.dtype) or attn_mask.bool()."
+            f"attn_mask has dtype {mask.dtype}; torch.bool (True attends), {query.dtype} (as query) or torch.float32 "
+            f"is needed. Convert it: attn_mask.to(query.dtype) or attn_mask.bool()."
         )
     lead = query.shape[:-2] if enable_gqa else torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
     scores = (*lead, query.shape[-2], key.shape[-2])
@@ -140,8 +145,8 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
         raise ArgumentError(f"dropout_p is {dropout_p}; a probability between 0 and 1 is needed.")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise DtypeError(
-            f"seed is a tensor of shape {tuple(seed.shape)} and dtype {seed.dtype}; an int or one torch.int64 element is "
-            f"needed."
+            f"seed is a tensor of shape {tuple(seed.shape)} and dtype {seed.dtype}; an int or one torch.int64 element "
+            f"is needed."
         )
     if seed is not None and not isinstance(seed, (int, Tensor)):
         raise DtypeError(f"seed is a {type(seed).__name__}; an int or an int64 tensor of one element is needed.")

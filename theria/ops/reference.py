@@ -1,8 +1,11 @@
 """Closed formulas of every order in plain PyTorch: the truth that other backends are held to.
 
 Materialised (an (N, M) matrix at every order), in the dtype of the inputs (float64 in, float64 out), and itself
-differentiable by autograd to any order. Numbers in parentheses are those of ``theria/ops/README.md``. Operands are in
-the canonical form of :mod:`theria.ops.operands`.
+differentiable by autograd to any order: every rule computes all it needs from the operands, and the residuals that its
+signature shares with the other backends are not read, since autograd would take them for constants.
+
+Numbers in parentheses are those of ``theria/ops/README.md``. Operands are in the canonical form of
+:mod:`theria.ops.operands`.
 """
 
 from __future__ import annotations
@@ -61,34 +64,21 @@ def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes):
     """Cotangents of q, k, v and mask (5)-(9); ``shapes`` are those to reduce them to, None where not wanted."""
-    del lse  # the materialised softmax is exact and differentiable; the saved statistic adds nothing
-    P, _ = softmax(scores(ops, spec))
-    R = dropout_factor(ops, spec, P)
-    dP = R * (do @ ops.v.mT)
-    dS = P * (dP - (do * o).sum(-1, keepdim=True))
+    del o, lse
+    P, R = _weights(ops, spec)
+    dS = P * _centred(R * (do @ ops.v.mT), P)
     return _reduce(spec.scale * dS @ ops.k, spec.scale * dS.mT @ ops.q, (R * P).mT @ do, dS, ops, shapes)
-
-
-def score_tangent(ops: Operands, t: Tangents, spec: AttentionSpec, like: Tensor) -> Tensor:
-    """tS (10) of a direction."""
-    tS = torch.zeros_like(like)
-    if t.q is not None:
-        tS = tS + spec.scale * (t.q @ ops.k.mT)
-    if t.k is not None:
-        tS = tS + spec.scale * (ops.q @ t.k.mT)
-    return tS if t.mask is None else tS + t.mask
 
 
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """tO (12) and tau (11), the tangent of lse."""
-    P, _ = softmax(scores(ops, spec))
-    R = dropout_factor(ops, spec, P)
-    W = P * score_tangent(ops, t, spec, P)
-    tau = W.sum(-1)
-    to = (R * W) @ ops.v - tau[..., None] * o
+    del o
+    P, R = _weights(ops, spec)
+    tS = _score_tangent(ops, t, spec, P)
+    to = (R * P * _centred(tS, P)) @ ops.v
     if t.v is not None:
         to = to + (R * P) @ t.v
-    return to, tau.expand(lse.shape)
+    return to, (P * tS).sum(-1).expand(lse.shape)
 
 
 def hvp(
@@ -103,22 +93,19 @@ def hvp(
     spec: AttentionSpec,
     shapes: Shapes,
 ):
-    """Tangent of :func:`vjp` (13)-(18) along ``t`` and ``tdo``; ``to`` and ``tau`` are what :func:`jvp` gave."""
-    del lse
-    P, _ = softmax(scores(ops, spec))
-    R = dropout_factor(ops, spec, P)
-    tP = P * (score_tangent(ops, t, spec, P) - tau[..., None])
+    """Tangent of :func:`vjp` (13)-(18) along ``t`` and ``tdo``."""
+    del o, lse, to, tau
+    P, R = _weights(ops, spec)
+    tP = P * _centred(_score_tangent(ops, t, spec, P), P)
     dP = R * (do @ ops.v.mT)
     tdP = torch.zeros_like(dP) if t.v is None else R * (do @ t.v.mT)
-    tdelta = (do * to).sum(-1, keepdim=True)
     tdv = (R * tP).mT @ do
     if tdo is not None:
         tdP = tdP + R * (tdo @ ops.v.mT)
-        tdelta = tdelta + (tdo * o).sum(-1, keepdim=True)
         tdv = tdv + (R * P).mT @ tdo
-    centred = dP - (do * o).sum(-1, keepdim=True)
-    dS = P * centred
-    tdS = tP * centred + P * (tdP - tdelta)
+    dS = P * _centred(dP, P)
+    tdelta = (tP * dP + P * tdP).sum(-1, keepdim=True)
+    tdS = tP * _centred(dP, P) + P * (tdP - tdelta)
     tdq, tdk = tdS @ ops.k, tdS.mT @ ops.q
     if t.k is not None:
         tdq = tdq + dS @ t.k
@@ -139,22 +126,41 @@ def jvp_jvp(
     spec: AttentionSpec,
 ) -> Tensor:
     """Mixed second tangent of O (19)-(22) along ``t1`` and ``t2``, with ``t12`` the mixed tangents of the operands."""
-    del lse
-    P, _ = softmax(scores(ops, spec))
-    R = dropout_factor(ops, spec, P)
-    U1 = score_tangent(ops, t1, spec, P) - tau1[..., None]
-    U2 = score_tangent(ops, t2, spec, P) - tau2[..., None]
-    ttS = score_tangent(ops, t12, spec, P)
+    del o, lse, tau1, tau2
+    P, R = _weights(ops, spec)
+    U1 = _centred(_score_tangent(ops, t1, spec, P), P)
+    U2 = _centred(_score_tangent(ops, t2, spec, P), P)
+    ttS = _score_tangent(ops, t12, spec, P)
     if t1.q is not None and t2.k is not None:
         ttS = ttS + spec.scale * (t1.q @ t2.k.mT)
     if t2.q is not None and t1.k is not None:
         ttS = ttS + spec.scale * (t2.q @ t1.k.mT)
-    X = P * (U1 * U2 + ttS)
-    tto = (R * X) @ ops.v - X.sum(-1, keepdim=True) * o
+    tto = (R * P * _centred(U1 * U2 + ttS, P)) @ ops.v
     for weight, tv in ((P * U1, t2.v), (P * U2, t1.v), (P, t12.v)):
         if tv is not None:
             tto = tto + (R * weight) @ tv
     return tto
+
+
+def _weights(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor | float]:
+    """P (2) and R (3)."""
+    P, _ = softmax(scores(ops, spec))
+    return P, dropout_factor(ops, spec, P)
+
+
+def _centred(x: Tensor, P: Tensor) -> Tensor:
+    """x minus its mean under P in each row: what the derivative of softmax does to a tangent and to a cotangent."""
+    return x - (P * x).sum(-1, keepdim=True)
+
+
+def _score_tangent(ops: Operands, t: Tangents, spec: AttentionSpec, like: Tensor) -> Tensor:
+    """tS (10) of a direction."""
+    tS = torch.zeros_like(like)
+    if t.q is not None:
+        tS = tS + spec.scale * (t.q @ ops.k.mT)
+    if t.k is not None:
+        tS = tS + spec.scale * (ops.q @ t.k.mT)
+    return tS if t.mask is None else tS + t.mask
 
 
 def _reduce(dq: Tensor, dk: Tensor, dv: Tensor, dS: Tensor, ops: Operands, shapes: Shapes):

@@ -160,7 +160,7 @@ class Sweep:
 
 
 class Cotangents:
-    """Accumulates dq, dk, dv and dmask over row blocks, each reduced to the shape it is wanted in (None: not wanted)."""
+    """Accumulates dq, dk, dv and dmask over row blocks, each reduced to its wanted shape (None: not wanted)."""
 
     def __init__(self, sweep: Sweep, shapes: Shapes) -> None:
         self.sweep = sweep

@@ -1,0 +1,26 @@
+"""Shared by all tests: no test depends on the order, and no result on memory that nobody wrote."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the suite runs in several processes
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill new uninitialised floating memory with NaN, so that a result that was never written shows."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poison(*args: object, _original=original, **kwargs: object) -> torch.Tensor:
+            x = _original(*args, **kwargs)
+            return x.fill_(float("nan")) if x.dtype.is_floating_point else x
+
+        monkeypatch.setattr(torch, name, poison)
