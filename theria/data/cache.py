@@ -63,7 +63,7 @@ def cached_arrays(
     path = cache_dir() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
     # Damaged bytes raise whatever the broken part of zip, zlib or npy makes of them; all of it means: build again.
     # Each read is checked against the archive's CRC-32.
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
+    with contextlib.suppress(Exception), path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
         return {field: file[field] for field in file.files}
     arrays = build()
     try:

@@ -2,8 +2,8 @@
 
 A class is a digit turned by some angle. A 0, 1 or 8 turned by 180 degrees is one again, and a 6 turned by 180 degrees
 is a 9: two such classes could not be told apart, so these five digits are turned by 0 and 90 degrees only, the other
-five by 0, 90, 180 and 270. That makes 30 classes, which the nearest neighbour in pixels tells apart with 98.1 % accuracy
-(leave one out); its most frequent confusion is a 2 with a 2 turned by 180 degrees, 3 % of them.
+five by 0, 90, 180 and 270. That makes 30 classes. The nearest neighbour in pixels tells them apart with an accuracy of
+98.1 % (leave one out); its most frequent confusion is a 2 with a 2 turned by 180 degrees, 3 % of them.
 
 The subsets hold different digits, so that test digits are never seen in training; 6 and 9 are in the same one.
 

@@ -1,4 +1,4 @@
-r"""Printed characters as few-shot classes, rendered from the typefaces that matplotlib ships: nothing to download.
+"""Printed characters as few-shot classes, rendered from the typefaces that matplotlib ships: nothing to download.
 
 A class is a character; its 20 samples are its faces (DejaVu Sans, Serif and Mono, STIX, in four styles each, as far as
 they have it) under random rotation, scale, shear and shift (`theria.data.typefaces`).
@@ -13,8 +13,8 @@ are fitted to one box: 0 for equal ones, about 1 or more for unrelated ones.
 
 | subset | classes | scripts (matplotlib 3.11; `glyph_counts()` says for the installed one) |
 |---|---|---|
-| train | 1,770 | Canadian syllabics 362, Latin 332, pictograms 271, mathematics 264, Cyrillic 152, arrows 147, shapes 78, \
-Greek 51, technical 47, currency 25, Old Italic 25, digits 10, Lisu 6 |
+| train | 1,770 | Canadian syllabics 362, Latin 332, pictograms 271, mathematics 264, Cyrillic 152, arrows 147, |
+| | | shapes 78, Greek 51, technical 47, currency 25, Old Italic 25, digits 10, Lisu 6 |
 | val | 58 | Armenian 37, Hebrew 17, Coptic 4 |
 | test | 271 | Georgian 93, Arabic 83, Lao 40, Tifinagh 25, N'Ko 17, Ogham 13 |
 """

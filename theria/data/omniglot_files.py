@@ -8,6 +8,7 @@ is paper), `alphabets.csv` (alphabet,split,first_class,num_classes) and, for the
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import sys
@@ -93,7 +94,7 @@ def read_images(path: Path) -> np.ndarray:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             images = file["images"]
     except Exception as error:  # whatever zip, zlib and npy make of damaged bytes
         raise corrupt(path, f"it cannot be unpacked ({error})") from error
@@ -111,7 +112,7 @@ def pixel_sha256(images: np.ndarray) -> str:
 
 
 def download(folder: Path) -> None:
-    """Makes the two image files and `alphabets.csv` in `folder`, through torchvision; does nothing if they are there."""
+    """Makes the image files and `alphabets.csv` in `folder`, through torchvision; does nothing if they are there."""
     names = [*map(images_name, CLASSES), ALPHABETS]
     if all((folder / name).exists() for name in names):
         return
@@ -158,7 +159,8 @@ def convert(raw: Path) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
     missing = [(n, d) for n in numbers for d in range(1, DRAWERS + 1) if (n, d) not in found]
     if not numbers or missing:
         raise ValueError(
-            f"Omniglot: {raw} has {len(found)} drawings; {DRAWERS} of each class are needed, {missing[:3]}"
+            f"Omniglot: {raw} has {len(found)} drawings named <class number>_<drawer>.png; {DRAWERS} of each class "
+            f"are needed; missing (class, drawer): {missing[:3]}"
         )
     images = np.empty((len(numbers), DRAWERS, PIXELS, PIXELS), dtype=bool)
     alphabets: dict[str, list[int]] = {}
@@ -179,7 +181,7 @@ def _torchvision_omniglot() -> Any:
     """
     global _schemas
     try:
-        from torchvision.datasets import Omniglot
+        return importlib.import_module("torchvision.datasets").Omniglot
     except ImportError as error:
         raise missing_extra("torchvision", "Downloading Omniglot", error) from error
     except RuntimeError as error:
@@ -190,5 +192,4 @@ def _torchvision_omniglot() -> Any:
         _schemas = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             _schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        from torchvision.datasets import Omniglot
-    return Omniglot
+        return importlib.import_module("torchvision.datasets").Omniglot

@@ -126,15 +126,12 @@ def _transformed(drawing: Image, angle: float, scale: float, shear: float, shift
     width, height = drawing.size
     cos, sin = math.cos(angle), math.sin(angle)
     k = scale * _BOX / max(width, height)  # from pixels of the drawing to pixels of the result
-    a, b, c, d = (
-        k * cos,
-        k * (shear * cos - sin),
-        k * sin,
-        k * (shear * sin + cos),
-    )  # k [cos -sin; sin cos][1 shear; 0 1]
+    # [a b; c d] = k [cos -sin; sin cos] [1 shear; 0 1]
+    a, b, c, d = k * cos, k * (shear * cos - sin), k * sin, k * (shear * sin + cos)
     extent = (abs(a) * width + abs(b) * height, abs(c) * width + abs(d) * height)
     fit = min(1.0, _FRAME / max(extent))
-    move = [max(-room, min(room, s)) for e, s in zip(extent, shift, strict=True) for room in [(_FRAME - e * fit) / 2]]
+    room = [(_FRAME - e * fit) / 2 for e in extent]
+    move = [max(-most, min(most, s)) for most, s in zip(room, shift, strict=True)]
 
     # PIL asks where each pixel comes from: drawing = inverse (result - centre) + (width, height) / 2, on the fine grid.
     n = SIZE * _SUPERSAMPLING

@@ -1,0 +1,107 @@
+"""theria.data.ClassDataset: what goes in comes out by class, and wrong input is refused in words."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from theria.data import ClassDataset
+
+
+def numbered(classes: int = 3, samples: int = 4, side: int = 2) -> torch.Tensor:
+    """uint8 images whose first pixel is 16 * class + sample."""
+    images = torch.zeros(classes, samples, 1, side, side, dtype=torch.uint8)
+    images[..., 0, 0, 0] = 16 * torch.arange(classes)[:, None] + torch.arange(samples)
+    return images
+
+
+def test_images_without_channels_get_one_and_booleans_become_ink() -> None:
+    assert ClassDataset(torch.zeros(3, 4, 5, 6)).images.shape == (3, 4, 1, 5, 6)
+    assert ClassDataset(torch.zeros(3, 4, 7)).images.shape == (3, 4, 7)
+    assert ClassDataset(torch.ones(2, 2, 1, 3, 3, dtype=torch.bool)).images.unique().tolist() == [255]
+
+
+def test_from_pairs_sorts_by_label_and_keeps_the_order_within() -> None:
+    labels = np.array([7, 3, 7, 9, 3, 7])
+    images = torch.arange(6.0).view(6, 1)
+    dataset = ClassDataset.from_pairs(images, labels, names=["three", "seven", "nine"])
+    assert dataset.counts.tolist() == [2, 3, 1]
+    got = [dataset.images[c, :n, 0].tolist() for c, n in enumerate(dataset.counts.tolist())]
+    assert got == [[1.0, 4.0], [0.0, 2.0, 5.0], [3.0]]
+    assert dataset.names == ("three", "seven", "nine")
+
+
+class Pairs:
+    """A torchvision-style data set."""
+
+    classes = ("ant", "bee", "cat")
+
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.items[index]
+
+
+def test_from_torchvision_reads_pil_tensors_and_arrays() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    pil = ClassDataset.from_torchvision(Pairs([(Image.fromarray(pixels), 2), (Image.fromarray(pixels + 1), 0)]))
+    assert pil.images.shape == (2, 1, 3, 2, 4)
+    assert torch.equal(pil.images[1, 0], torch.from_numpy(pixels).permute(2, 0, 1))
+    assert pil.names == ("ant", "cat")
+    grey = ClassDataset.from_torchvision(Pairs([(Image.fromarray(pixels[..., 0]), 0)]))
+    assert grey.images.shape == (1, 1, 1, 2, 4)
+    tensors = ClassDataset.from_torchvision(Pairs([(torch.full((1, 2, 2), 0.5), 1), (np.ones((1, 2, 2), "f4"), 1)]))
+    assert tensors.images.dtype == torch.float32
+    assert tensors.images[0, :, 0, 0, 0].tolist() == [0.5, 1.0]
+
+
+def test_select_by_indices_and_mask() -> None:
+    dataset = ClassDataset(numbered(), counts=[4, 2, 3], names=["a", "b", "c"], groups=["g", "g", "h"])
+    picked = dataset.select([2, 0])
+    assert (picked.names, picked.groups, picked.counts.tolist()) == (("c", "a"), ("h", "g"), [3, 4])
+    assert picked.images[:, 0, 0, 0, 0].tolist() == [32, 0]
+    assert dataset.select(dataset.counts >= 3).names == ("a", "c")
+
+
+def test_with_rotations_turns_counter_clockwise() -> None:
+    image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).view(1, 1, 1, 2, 2)
+    turned = ClassDataset(image, names=["x"], groups=["g"]).with_rotations()
+    assert turned.images[:, 0, 0].tolist() == [[[1, 2], [3, 4]], [[2, 4], [1, 3]], [[4, 3], [2, 1]], [[3, 1], [4, 2]]]
+    assert turned.names == ("x", "x@90", "x@180", "x@270")
+    assert turned.groups == ("g",) * 4
+    assert "4 classes of 1 samples" in repr(turned)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ClassDataset(np.zeros((2, 2, 2))), TypeError, "ndarray; a tensor is needed"),  # pyright: ignore
+        (lambda: ClassDataset(torch.zeros(3, 4)), ValueError, r"\(3, 4\); \(classes, samples, \*x\)"),
+        (lambda: ClassDataset(torch.zeros(3, 0, 2)), ValueError, "no empty axis"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2, dtype=torch.int64)), TypeError, "int64; uint8"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2), counts=[1, 2]), ValueError, "3 integers are needed"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2), counts=[1, 2, 5]), ValueError, "from 1 to 5; .* between 1 and 4"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2), counts=[0, 2, 4]), ValueError, "from 0 to 4"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2), names=["a"]), ValueError, "1 names for 3 classes"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2), groups=["a"]), ValueError, "1 groups for 3 classes"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2)).select([]), ValueError, "no class was chosen of the 3"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2, 3)).with_rotations(), ValueError, "square images"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2)).with_rotations(), ValueError, "square images"),
+        (lambda: ClassDataset.from_pairs(torch.zeros(3, 2), torch.zeros(3)), ValueError, "one integer label"),
+        (lambda: ClassDataset.from_pairs(torch.zeros(3, 2), torch.zeros(2).long()), ValueError, r"\(2,\).*\(3, 2\)"),
+        (lambda: ClassDataset.from_pairs(torch.zeros(0, 2), torch.zeros(0).long()), ValueError, "no samples"),
+        (lambda: ClassDataset.from_torchvision(Pairs([])), ValueError, "the data set is empty"),
+        (
+            lambda: ClassDataset.from_torchvision(Pairs([(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 2, 3), 0)])),
+            ValueError,
+            "image 1 has shape .*Resize transform",
+        ),
+    ],
+)
+def test_wrong_input_is_refused_in_words(make, error, message) -> None:
+    with pytest.raises(error, match=message):
+        make()
