@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.config import (
-    Adapt,
     AdjointKind,
     Config,
     ConvNetConfig,
@@ -185,7 +184,7 @@ def _maml(config: Config, model: nn.Module) -> meta.MAML:
         inner=meta.SGD(lr=inner.lr, momentum=inner.momentum, nesterov=inner.nesterov, learn_lr=inner.learn_lr),
         steps=inner.steps,
         adjoint=build_adjoint(config.adjoint.kind),
-        adapt=(lambda name: name.split(".")[0] == "head") if config.learner.adapt is Adapt.head else None,
+        adapt=config.learner.adapt,
         chunk_size=config.learner.chunk_size,
     )
 

@@ -128,13 +128,6 @@ class LearnerKind(Enum):
     incontext = "incontext"
 
 
-class Adapt(Enum):
-    """Which parameters the inner steps move."""
-
-    all = "all"
-    head = "head"
-
-
 class AdjointKind(Enum):
     """How the inner solution is differentiated."""
 
@@ -158,7 +151,7 @@ class LearnerConfig:
     """The algorithm that learns to learn."""
 
     kind: LearnerKind = LearnerKind.maml  # maml: gradient steps on the support set; incontext: read it in one pass
-    adapt: Adapt = Adapt.all  # maml only. head: ANIL, the inner steps move the classifier alone
+    adapt: list[str] | None = None  # maml only: modules or parameters that the inner steps move; null: all of them
     chunk_size: int | None = None  # maml only: tasks under one vmap; null: all of them
 
 

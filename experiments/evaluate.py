@@ -37,7 +37,7 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path) -> Evaluation:
         episodes=settings.episodes,
         steps=steps,
         subset=settings.subset,
-        alive=lambda: None,  # pyright: ignore
+        alive=lambda: None,
     )
     print(f"{path}, step {state['step']}")
     print(result.text() + build.chance(run.task))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.learners import InContextLearner, Learner, attributes, sequence
+from experiments.learners import InContextLearner, Learner, sequence
 from theria.data import Episode, TaskSource
 from theria.nn import InContextRegressor
 
@@ -123,8 +123,7 @@ def predict(learner: Learner, episode: Episode, steps: int) -> Tensor:
     """Predictions of the queries after `steps` inner steps, where the learner takes any."""
     if isinstance(learner, InContextLearner):
         return learner.predict(episode)
-    with attributes(learner, steps=steps):
-        return learner.predict(episode)
+    return learner.predict(episode, steps=steps)
 
 
 def evaluate(

@@ -17,7 +17,7 @@ def nonfinite_count(learner: nn.Module) -> int:
 
 def inner_rates(learner: nn.Module) -> tuple[float, float] | None:
     """Mean and least of the learned inner rates; None where none are learned."""
-    rates = [p.detach().flatten() for name, p in learner.named_parameters() if "rates" in name]
+    rates = [p.detach().flatten() for name, p in learner.named_parameters() if name.startswith("rates.")]
     return (float(torch.cat(rates).mean()), float(torch.cat(rates).min())) if rates else None
 
 

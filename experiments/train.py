@@ -89,12 +89,12 @@ def _draw(trainer: Trainer, result: Evaluation) -> list[Path]:
     steps = len(result.curve) - 1
     drawn = [
         pictures.learning_curve(rows, result.metric, folder / "learning_curve.png"),
-        pictures.episode(parts.learner, parts.sources["test"].sample(0), steps, folder / "episode.png"),  # pyright: ignore
+        pictures.episode(parts.learner, parts.sources["test"].sample(0), steps, folder / "episode.png"),
     ]
     if result.axis:
         # Noiseless least squares of minimum norm from n points of dimension d leaves max(0, d - n) of the variance d.
         exact = isinstance(task, LinearRegressionConfig) and task.noise == 0 and result.axis == "context length"
-        baseline = [max(0.0, task.dim - n) for n in range(len(result.curve))] if exact else None  # pyright: ignore
+        baseline = [max(0.0, task.dim - n) for n in range(len(result.curve))] if exact else None
         drawn.append(pictures.inner_curve(result, folder / "inner_curve.png", baseline))
     return drawn
 

@@ -157,7 +157,7 @@ class Trainer:
     def _measure(self, episode: Episode) -> dict[str, float]:
         """Figures of the training episode before the update that it causes."""
         with torch.no_grad():
-            figure = task_metric(self.learner.predict(episode), episode.query_y).mean()  # pyright: ignore
+            figure = task_metric(self.learner.predict(episode), episode.query_y).mean()
         return {f"train/{metric_name(episode)}": float(figure)}
 
     def _stop_nonfinite(self, episode: Episode, loss: Tensor, norm: Tensor) -> None:
@@ -224,7 +224,7 @@ class Trainer:
                 episodes=episodes,
                 steps=steps,
                 subset=subset,
-                alive=self.alive,  # pyright: ignore
+                alive=self.alive,
             )
         finally:
             self.learner.train()

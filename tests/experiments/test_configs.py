@@ -1,0 +1,184 @@
+"""Every configuration in the repository composes, builds and runs; every wrong one is refused with the right name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import build, store
+from experiments.config import AdjointKind, Config
+from experiments.errors import UserError, explain
+
+CONFIGS = Path(store.CONFIG_DIR)
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir() and folder.name != "experiment")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+# What an option of a group needs beside it to make a run that fits together.
+WITH = {
+    ("model", "mlp"): ["task=sinusoid"],
+    ("model", "incontext"): ["learner=incontext"],
+    ("learner", "incontext"): ["model=incontext"],
+    ("task", "sinusoid"): ["model=mlp"],
+    ("task", "linear_regression"): ["model=mlp"],
+}
+
+
+def few_steps(*overrides: str) -> list[str]:
+    return [
+        *overrides,
+        "task.tasks=2",
+        "task.queries=2",
+        "trainer.steps=2",
+        "trainer.val_every=0",
+        "trainer.log_every=1",
+        "trainer.test_episodes=2",
+        "trainer.eval_tasks=2",
+        "trainer.pictures=false",
+        "trainer.display=off",
+        "tracking=off",
+    ]
+
+
+def refused(compose_config, *overrides: str) -> str:
+    """The message that the user reads."""
+    try:
+        build.check(compose_config(*overrides))
+    except UserError as error:
+        return str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return explain(error)
+    pytest.fail(f"{overrides} was accepted")
+
+
+def needs_data(config: Config) -> bool:
+    return config.task.name == "omniglot"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
+def test_every_option_builds(compose_config, group, option):
+    config = compose_config(f"{group}={option}", *WITH.get((group, option), []))
+    build.check(config)
+    learner = build.build_learner(config)
+    assert sum(p.numel() for p in learner.parameters()) > 0
+    if not needs_data(config):
+        assert build.build_sources(config).keys() == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs(compose_config, name, tmp_path):
+    from experiments.train import train
+
+    config = compose_config(*few_steps(f"experiment={name}"))
+    assert config.name == name
+    if needs_data(config):
+        build.build_learner(config)
+        return
+    result = train(config, tmp_path / "run", [])
+    assert result.after.n == 2
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_begins_with_its_command(name):
+    directive, command = (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()[:2]
+    assert directive == "# @package _global_"  # Hydra reads it on the first line only
+    assert command.startswith(f"# python -m experiments.train experiment={name}")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("trainer.stpes=10", "did you mean trainer.steps?"),
+        ("+trainer.stpes=10", "did you mean trainer.steps?"),
+        ("++trainer.stpes=10", "did you mean trainer.steps?"),
+        ("task.wayz=3", "did you mean task.ways?"),
+        ("tranier.steps=10", "did you mean trainer?"),
+        ("sede=1", "did you mean seed?"),
+        ("task=glyhps", "did you mean glyphs?"),
+        ("experiment=sinusoid", "did you mean sinusoid_maml?"),
+        ("modle=mlp", "did you mean model?"),
+        ("ops.matmul_precision=higest", "did you mean highest?"),
+    ],
+)
+def test_a_typo_names_the_nearest(compose_config, override, hint):
+    message = refused(compose_config, override)
+    assert hint in message
+    assert override.lstrip("+").split("=")[0].split(".")[0] in message
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("trainer.steps=many", "Integer"),
+        ("trainer.steps=1.5", "Integer"),
+        ("trainer.steps=null", "not Optional"),
+        ("trainer.lr=fast", "Float"),
+        ("trainer.pictures=perhaps", "bool"),
+        ("ops.backend=flash", "auto, reference, custom, triton"),
+        ("trainer.schedule=cosin", "constant, cosine"),
+        ("tracking.mode=onlin", "off, offline, online"),
+        ("trainer.steps=0", "at least 1"),
+        ("trainer.steps=-3", "at least 1"),
+        ("trainer.lr=nan", "at least 0"),
+        ("trainer.device=tpu7x", "auto, cpu, cuda"),
+        ("inner.steps=0", "at least 1"),
+    ],
+)
+def test_a_wrong_value_names_what_is_needed(compose_config, override, needed):
+    message = refused(compose_config, override)
+    assert override.split("=")[0] in message
+    assert needed in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["learner=incontext"], "model=incontext"),
+        (["model=incontext"], "learner=incontext"),
+        (["task=sinusoid"], "model=mlp"),
+        (["model=mlp"], "model=transformer"),
+        (["model.d_model=10", "model.n_heads=4"], "10"),
+        (["model.stem=pach"], "pach"),
+        (["inner.lr=-1"], "-1"),
+    ],
+)
+def test_what_cannot_work_together_is_refused_before_any_work(compose_config, overrides, words):
+    with pytest.raises(UserError, match=words):
+        build.build_learner(compose_config(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task=digits", "task.ways=9"], "9 ways"),
+        (["task=digits", "task.shots=1000"], "1000 shots"),
+        (["task=omniglot", "task.root=nowhere"], "nowhere"),
+    ],
+)
+def test_what_the_data_cannot_give_is_refused_in_its_words(compose_config, overrides, words):
+    with pytest.raises(UserError, match=words):
+        build.build_sources(compose_config(*overrides))
+
+
+def test_a_configuration_survives_its_checkpoint(compose_config):
+    config = compose_config("experiment=linear_regression_incontext", "adjoint=mixed_mode", "trainer.resume=here")
+    assert store.from_container(store.container(config)) == config
+    assert config.adjoint.kind is AdjointKind.mixed_mode
+
+
+def test_the_seed_decides_the_parameters(compose_config):
+    def parameters(seed: int) -> torch.Tensor:
+        learner = build.build_learner(compose_config("task=sinusoid", "model=mlp", f"seed={seed}"))
+        return torch.nn.utils.parameters_to_vector(learner.parameters())
+
+    assert torch.equal(parameters(1), parameters(1))
+    assert not torch.equal(parameters(1), parameters(2))
+
+
+def test_the_subsets_share_no_task(compose_config):
+    sources = build.build_sources(compose_config("task=sinusoid", "model=mlp", "task.tasks=20"))
+    targets = [source.sample(0).query_y for source in sources.values()]
+    assert not torch.equal(targets[0], targets[1])
+    assert not torch.equal(targets[1], targets[2])
