@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from theria.meta.constant import constant
+from theria.meta.constant import constant, plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 
 Context = Any  # a pytree of tensors: everything else the inner loss depends on
@@ -86,7 +86,7 @@ class FirstOrder(Adjoint):
     ) -> Params:
         state = optimiser.init(params)
         for _ in range(steps):
-            with torch.no_grad():  # the outer levels record nothing; torch.func.grad records for itself
-                grads = torch.func.grad(inner_loss)(params, context)
+            with torch.no_grad():  # the outer levels record nothing of this
+                grads = plain_gradient(lambda p: inner_loss(p, context), params)
             params, state = optimiser.update(constant(grads), state, params, hyper)
         return params

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
+from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.replay import RandomStates, probe
 
@@ -110,7 +111,7 @@ class _InnerLoop(torch.autograd.Function):
                 trajectory += pytree.tree_leaves((params, state))
             if loop.random:
                 loop.random.record()
-            grads = torch.func.grad(loop.inner_loss)(params, context)
+            grads = plain_gradient(lambda p: loop.inner_loss(p, context), params)
             params, state = loop.optimiser.update(grads, state, params, hyper)
         return (*params.values(), *trajectory)
 
@@ -180,7 +181,8 @@ def _sweep(
     chosen = [i for i in range(first, last) if needed[i]]
     selected = [inputs[i] for i in chosen]
 
-    def loss(params: Params, selected: Sequence[Tensor]) -> Tensor:
+    def loss(both: tuple[Params, Sequence[Tensor]]) -> Tensor:
+        params, selected = both
         tensors = list(inputs)
         for i, tensor in zip(chosen, selected, strict=True):
             tensors[i] = tensor
@@ -209,12 +211,13 @@ def _step_back(
     grads = params  # any point will do where the update is affine in the gradient
     if not loop.optimiser.linear_in_gradient:
         with loop.replay(t):
-            grads = torch.func.grad(loss)(params, selected)
+            grads = plain_gradient(lambda p: loss((p, selected)), params)
     (w,) = torch.func.vjp(lambda g: update(g, state, params, hyper), grads)[1](cotangent)
 
     with loop.replay(t):
-        gradient = torch.func.grad(lambda both: loss(*both))
-        (grads, _), (curvature, mixed) = torch.func.jvp(lambda p: gradient((p, selected)), (params,), (w,))[:2]
+        (grads, _), (curvature, mixed) = torch.func.jvp(lambda p: plain_gradient(loss, (p, selected)), (params,), (w,))[
+            :2
+        ]
     pull = torch.func.vjp(lambda rest: update(grads, *rest), (state, params, hyper))[1]
     ((d_state, d_params, d_hyper),) = pull(cotangent)
     d_params = {name: d + curvature[name] for name, d in d_params.items()}
