@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def identified(classes: int = 8, samples: int = 12, groups: list[str] | None = N
 
 
 def sampler(dataset: ClassDataset | None = None, **options) -> EpisodeSampler:
-    settings = {"ways": 5, "shots": 2, "queries": 3, "tasks": 4} | options
+    settings: dict[str, Any] = {"ways": 5, "shots": 2, "queries": 3, "tasks": 4} | options
     return EpisodeSampler(dataset or identified(), **settings)
 
 
@@ -207,7 +208,7 @@ def test_the_smallest_class_is_named() -> None:
 
 
 def test_groups_that_are_too_small_are_refused() -> None:
-    with pytest.raises(ValueError, match="a group of at least 5 classes, the largest of the 2 groups .'a'. has 4"):
+    with pytest.raises(ValueError, match=r"a group of at least 5 classes, the largest of the 2 groups .'a'. has 4"):
         sampler(identified(groups=["a"] * 4 + ["b"] * 4), within_groups=True)
 
 

@@ -18,7 +18,7 @@ from theria.data.glyphs import LOOK_ALIKE, RESEMBLES, SUBSETS, _classes, look_al
 from theria.data.typefaces import CANONICAL, FACES, Typefaces, _drawn, script_of
 
 BORDER_INK = 0  # a whole pixel stays free around every drawing
-CORRELATION = 0.93  # of drawings that differ by RESEMBLES = 0.15: 1 - 0.15 / 2 after the blur
+CORRELATION = 0.97  # measured: at most 0.964 between subsets, 1.000 between Latin, Greek and Cyrillic A
 TEST_SCRIPTS = {"ARABIC", "GEORGIAN", "LAO", "NKO", "OGHAM", "TIFINAGH"}
 
 
@@ -34,7 +34,9 @@ def faces() -> Typefaces:
 
 def test_counts(glyphs: dict[str, ClassDataset]) -> None:
     counts = glyph_counts()
-    assert {subset: len(dataset) for subset, dataset in glyphs.items()} == {s: sum(c.values()) for s, c in counts.items()}
+    assert {subset: len(dataset) for subset, dataset in glyphs.items()} == {
+        s: sum(c.values()) for s, c in counts.items()
+    }
     assert all(dataset.images.shape[1:] == (20, 1, 28, 28) for dataset in glyphs.values())
     assert all(dataset.images.dtype == torch.uint8 for dataset in glyphs.values())
     assert len(glyphs["train"]) >= 1500
@@ -42,7 +44,9 @@ def test_counts(glyphs: dict[str, ClassDataset]) -> None:
     assert len(glyphs["test"]) >= 200
 
 
-@pytest.mark.skipif(not matplotlib.__version__.startswith("3.11."), reason="the docstring counts matplotlib 3.11's faces")
+@pytest.mark.skipif(
+    not matplotlib.__version__.startswith("3.11."), reason="the docstring counts matplotlib 3.11's faces"
+)
 def test_counts_of_the_docstring(glyphs: dict[str, ClassDataset]) -> None:
     assert [len(glyphs[subset]) for subset in SUBSETS] == [1770, 58, 271]
     assert glyph_counts()["test"] == {"GEORGIAN": 93, "ARABIC": 83, "LAO": 40, "TIFINAGH": 25, "NKO": 17, "OGHAM": 13}
@@ -83,8 +87,10 @@ def test_no_test_character_looks_like_a_training_character(glyphs: dict[str, Cla
         n = len(drawings[later])
         between = look_alike_distance(torch.cat([drawings[later], drawings[earlier]]))[:n, n:]
         assert float(between.min()) > RESEMBLES
-        assert float(correlations(drawings[later], drawings[earlier]).median()) < CORRELATION
-    assert float(correlations(drawings["train"][:5], drawings["train"]).min()) > 0.999  # the measure sees equality
+        assert float(correlations(drawings[later], drawings[earlier]).max()) < CORRELATION
+    latin, greek, cyrillic = (torch.from_numpy(faces.canonical(c))[None] for c in "AΑА")
+    assert float(correlations(latin, greek).min()) > 0.99  # the measure sees what looks alike
+    assert float(correlations(cyrillic, greek).min()) > 0.99
 
 
 def test_no_image_is_in_two_subsets(glyphs: dict[str, ClassDataset]) -> None:

@@ -55,7 +55,7 @@ class ClassDataset:
         The classes are the distinct labels in rising order; `names`, if given, has one name for each of them.
         Samples keep their order within a class. Classes of different sizes are padded (see `counts`).
         """
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels).cpu()
         if labels.ndim != 1 or labels.is_floating_point() or images.ndim < 1 or len(labels) != len(images):
             raise ValueError(
                 f"from_pairs: labels of shape {tuple(labels.shape)} and type {labels.dtype} for images of shape "

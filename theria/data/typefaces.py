@@ -140,4 +140,4 @@ def _transformed(drawing: Image, angle: float, scale: float, shear: float, shift
     p, q, r, s = d / det, -b / det, -c / det, a / det
     inverse = (p, q, width / 2 - p * x - q * y, r, s, height / 2 - r * x - s * y)
     big = drawing.transform((n, n), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
-    return np.asarray(big.reduce(_SUPERSAMPLING))
+    return np.array(big.reduce(_SUPERSAMPLING))
