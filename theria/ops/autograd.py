@@ -10,14 +10,17 @@ backward of Vjp (grad of grad)        for dO: Jvp along the cotangents; for the 
 jvp of Vjp (forward over reverse)     Hvp with all tangents
 backward of Jvp (reverse over fwd.)   for the tangents: Vjp; for the operands: Hvp with tdO = 0
 jvp of Jvp                            JvpJvp + Jvp of the mixed tangents, in one rule
-backward and jvp of Hvp and JvpJvp    third order: raise
+backward of Hvp                       for its tangents, in which it is linear: Hvp (it is symmetric) and Jvp
+jvp of Hvp                            along its tangents alone: Hvp
+anything else of Hvp and JvpJvp       third order: raises
 ====================================  =====================================================================
 
 ``o``, ``lse``, ``to`` and ``tau`` enter as residuals: functions of the operands whose own gradient slots return None,
 because the formulas are already total derivatives.
 
-Third order is guarded by backwards that raise. ``once_differentiable`` would not do: under ``autograd.grad(inputs=)``
-it drops terms without an error.
+Third order is guarded by backwards that raise; :class:`ThirdOrder` raises exactly where a derivative with respect to an
+operand of Hvp is asked for. ``once_differentiable`` would not do: under ``autograd.grad(inputs=)`` it drops terms
+without an error.
 """
 
 from __future__ import annotations
@@ -198,8 +201,33 @@ class Jvp(_Rule):
         return jvp_jvp(ops, o, lse, t, second, mixed, tau, tau2, ctx.spec), None
 
 
+class ThirdOrder(_Rule):
+    """Identity on an operand of Hvp; its derivative would be of third order."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        x, _ = args
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.spec = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise _third_order("hvp", ctx.spec)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise _third_order("hvp", ctx.spec)
+
+
 class Hvp(_Rule):
-    """(q, k, v, mask, seed), o, lse, do, (tq, tk, tv, tmask), tdo, to, tau, spec, shapes -> tdq, tdk, tdv, tdmask."""
+    """(q, k, v, mask, seed), o, lse, do, (tq, tk, tv, tmask), tdo, to, tau, spec, shapes -> tdq, tdk, tdv, tdmask.
+
+    In (t, tdo) it is the linear map t, tdo ↦ H t + Jᵀ tdo with H symmetric, whose adjoint is w ↦ (H w, J w).
+    The operands come through :class:`ThirdOrder`.
+    """
 
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -209,15 +237,33 @@ class Hvp(_Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.spec = inputs[-2]
+        *tensors, ctx.spec, ctx.shapes = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:13])
+        ctx.save_for_forward(*tensors[:13])
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise _third_order("hvp", ctx.spec)
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        if not _any(cotangents):
+            return (None,) * 17
+        ops, (o, lse, do), w = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:8], Tangents(*cotangents)
+        t = Tangents(*ctx.saved_tensors[8:12])
+        jw, tau = jvp(ops, o, lse, w, ctx.spec)
+        shapes = _wanted(t, ctx.needs_input_grad[8:12])
+        hw = hvp(ops, o, lse, do, w, None, jw, tau, ctx.spec, shapes) if _any(shapes) else (None,) * 4
+        # a gradient that reaches ThirdOrder raises there, and only if it is asked for
+        *operands, ddo = (None if x is None else torch.zeros_like(x) for x in (*ops[:4], do))
+        jw = jw if ctx.needs_input_grad[12] else None
+        return (*operands, None, None, None, ddo, *hw, jw, None, None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise _third_order("hvp", ctx.spec)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        if _any(tangents[:5]) or tangents[7] is not None:
+            raise _third_order("hvp", ctx.spec)
+        ops, (o, lse, do) = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:8]
+        t, tdo = Tangents(*tangents[8:12]), tangents[12]
+        to, tau = jvp(ops, o, lse, t, ctx.spec)
+        return hvp(ops, o, lse, do, t, tdo, to, tau, ctx.spec, ctx.shapes)
 
 
 class JvpJvp(_Rule):
@@ -274,7 +320,8 @@ def hvp(
     shapes: Shapes,
 ) -> Any:
     """tdq, tdk, tdv, tdmask; see :func:`theria.ops.reference.hvp`."""
-    return Hvp.apply(*ops, o, lse, do, *t, tdo, to, tau, spec, _Shapes(shapes))
+    *operands, guarded = (None if x is None else ThirdOrder.apply(x, spec) for x in (*ops[:4], do))
+    return Hvp.apply(*operands, ops.seed, o, lse, guarded, *t, tdo, to, tau, spec, _Shapes(shapes))
 
 
 def jvp_jvp(

@@ -14,7 +14,7 @@ from functools import reduce
 from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
-from theria.ops.sweep import NEG_INF, Block, Cotangents, Sweep, add, matmul, mul, sub
+from theria.ops.sweep import NEG_INF, Block, Cotangents, Sweep, add, add_product, cut, matmul, mul, sub
 
 
 def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -28,11 +28,11 @@ def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         pivot.masked_fill_(pivot == NEG_INF, 0.0)
         weight = S.sub_(pivot).exp_()
         total = weight.sum(-1, keepdim=True)
-        lse[..., rows] = (pivot + total.log()).squeeze(-1)
+        cut(lse, rows, -1).copy_((pivot + total.log()).squeeze(-1))
         if (keep := sweep.keep(rows, cols)) is not None:
             weight = mul(weight, keep)
-        row = o[..., rows, :]
-        row += matmul(weight, sweep.v[..., cols, :])
+        row = cut(o, rows)
+        row += matmul(weight, cut(sweep.v, cols))
         row /= total.masked_fill_(total == 0, 1.0)
     return o.to(sweep.out_dtype), lse
 
@@ -40,15 +40,15 @@ def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes):
     """Cotangents of q, k, v and mask (5)-(9); ``shapes`` are those to reduce them to, None where not wanted."""
     sweep = Sweep(ops, spec, lse, (do,))
-    out = Cotangents(sweep, shapes)
     do = sweep.read(do)
     delta = (do * sweep.read(o)).sum(-1, keepdim=True)
+    out = Cotangents(sweep, shapes, delta)
     for b in sweep.blocks():
-        do_b = do[..., b.rows, :]
+        do_b = cut(do, b.rows)
         out.add_v(b, b.P, do_b)
         if out.wants_scores:
-            dP = b.dropped(matmul(do_b, sweep.v[..., b.cols, :].mT))
-            dS = mul(sub(dP, delta[..., b.rows, :]), b.P)
+            dP = b.dropped(matmul(do_b, cut(sweep.v, b.cols).mT))
+            dS = mul(sub(dP, cut(delta, b.rows)), b.P)
             out.add_qk(b, dS, ops.q, ops.k)
             out.add_mask(b, dS)
     return out.results()
@@ -57,16 +57,18 @@ def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, 
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """tO (12) and tau (11), the tangent of lse."""
     sweep = Sweep(ops, spec, lse, t)
-    to, tau = sweep.zeros(*o.shape[-2:]), sweep.zeros(sweep.N)
+    like = sweep.carrier(t)
+    to, tau = sweep.zeros(*o.shape[-2:], like=like), sweep.zeros(sweep.N, like=like)
     for b in sweep.blocks():
-        row = to[..., b.rows, :]
+        row = cut(to, b.rows)
         if (tS := sweep.score_tangent(t, b)) is not None:
             W = mul(tS, b.P)
-            tau[..., b.rows] = W.sum(-1)
-            row += matmul(b.dropped(W), sweep.v[..., b.cols, :])
-            row -= tau[..., b.rows, None] * sweep.read(o[..., b.rows, :])
+            tau_b = W.sum(-1, keepdim=True)
+            cut(tau, b.rows, -1).copy_(tau_b.squeeze(-1))
+            row += matmul(b.dropped(W), cut(sweep.v, b.cols))
+            row -= tau_b * sweep.read(cut(o, b.rows))
         if t.v is not None:
-            row += matmul(b.dropped(b.P), sweep.read(t.v[..., b.cols, :]))
+            row += matmul(b.dropped(b.P), sweep.read(cut(t.v, b.cols)))
     return to.to(sweep.out_dtype), tau
 
 
@@ -84,27 +86,27 @@ def hvp(
 ):
     """Tangent of :func:`vjp` (13)-(18) along ``t`` and ``tdo``; ``to`` and ``tau`` are what :func:`jvp` gave."""
     sweep = Sweep(ops, spec, lse, (do, tdo, *t))
-    out = Cotangents(sweep, shapes)
     do, o = sweep.read(do), sweep.read(o)
     delta = (do * o).sum(-1, keepdim=True)
     tdelta = (do * sweep.read(to)).sum(-1, keepdim=True)
     if tdo is not None:
         tdo = sweep.read(tdo)
         tdelta = tdelta + (tdo * o).sum(-1, keepdim=True)
+    out = Cotangents(sweep, shapes, tdelta)
     for b in sweep.blocks():
-        do_b, tdo_b = do[..., b.rows, :], None if tdo is None else tdo[..., b.rows, :]
+        do_b, tdo_b = cut(do, b.rows), None if tdo is None else cut(tdo, b.rows)
         U = sweep.score_tangent(t, b)
         if U is not None:
-            U = sub(U, tau[..., b.rows, None])  # tP = P∘U (13)
+            U = sub(U, cut(tau, b.rows, -1)[..., None])  # tP = P∘U (13)
             out.add_v(b, U * b.P, do_b)
         if tdo_b is not None:
             out.add_v(b, b.P, tdo_b)
         if out.wants_scores:
-            dP = b.dropped(matmul(do_b, sweep.v[..., b.cols, :].mT))
-            dS = mul(sub(dP, delta[..., b.rows, :]), b.P)
-            tdS = mul(_centred_tdP(sweep, b, t, do_b, tdo_b, tdelta[..., b.rows, :]), b.P)
+            dP = b.dropped(matmul(do_b, cut(sweep.v, b.cols).mT))
+            dS = mul(sub(dP, cut(delta, b.rows)), b.P)
+            tdS = mul(_centred_tdP(sweep, b, t, do_b, tdo_b, cut(tdelta, b.rows)), b.P)
             if U is not None:
-                tdS = add(tdS, mul(U, dS))  # tP∘(dP − delta) = U∘dS
+                tdS = add_product(tdS, U, dS)  # tP∘(dP − delta) = U∘dS
             out.add_qk(b, tdS, ops.q, ops.k)
             out.add_qk(b, dS, t.q, t.k)
             out.add_mask(b, tdS)
@@ -113,9 +115,9 @@ def hvp(
 
 def _centred_tdP(sweep: Sweep, b: Block, t: Tangents, do: Tensor, tdo: Tensor | None, tdelta: Tensor) -> Tensor:
     """tdP − tdelta (14)-(15) of a block."""
-    tdP = None if t.v is None else matmul(do, sweep.read(t.v[..., b.cols, :]).mT)
+    tdP = None if t.v is None else matmul(do, sweep.read(cut(t.v, b.cols)).mT)
     if tdo is not None:
-        other = matmul(tdo, sweep.v[..., b.cols, :].mT)
+        other = matmul(tdo, cut(sweep.v, b.cols).mT)
         tdP = other if tdP is None else add(tdP, other)
     return -tdelta if tdP is None else sub(b.dropped(tdP), tdelta)
 
@@ -133,12 +135,13 @@ def jvp_jvp(
 ) -> Tensor:
     """Mixed second tangent of O (19)-(22) along ``t1`` and ``t2``, with ``t12`` the mixed tangents of the operands."""
     sweep = Sweep(ops, spec, lse, (*t1, *t2, *t12))
-    tto = sweep.zeros(*o.shape[-2:])
+    like = sweep.carrier(t1) + sweep.carrier(t2) + sweep.carrier(t12)
+    tto = sweep.zeros(*o.shape[-2:], like=like)
     for b in sweep.blocks():
-        row = tto[..., b.rows, :]
+        row = cut(tto, b.rows)
         U1, U2 = sweep.score_tangent(t1, b), sweep.score_tangent(t2, b)
-        U1 = None if U1 is None else sub(U1, tau1[..., b.rows, None])
-        U2 = None if U2 is None else sub(U2, tau2[..., b.rows, None])
+        U1 = None if U1 is None else sub(U1, cut(tau1, b.rows, -1)[..., None])
+        U2 = None if U2 is None else sub(U2, cut(tau2, b.rows, -1)[..., None])
         parts = (
             None if U1 is None or U2 is None else U1 * U2,
             sweep.score_tangent(t12, b),
@@ -147,11 +150,11 @@ def jvp_jvp(
         )
         if present := [part for part in parts if part is not None]:
             X = mul(reduce(add, present), b.P)
-            row += matmul(b.dropped(X), sweep.v[..., b.cols, :])
-            row -= X.sum(-1, keepdim=True) * sweep.read(o[..., b.rows, :])
+            row += matmul(b.dropped(X), cut(sweep.v, b.cols))
+            row -= X.sum(-1, keepdim=True) * sweep.read(cut(o, b.rows))
         for weight, tv in ((U1, t2.v), (U2, t1.v)):
             if weight is not None and tv is not None:
-                row += matmul(b.dropped(b.P * weight), sweep.read(tv[..., b.cols, :]))
+                row += matmul(b.dropped(b.P * weight), sweep.read(cut(tv, b.cols)))
         if t12.v is not None:
-            row += matmul(b.dropped(b.P), sweep.read(t12.v[..., b.cols, :]))
+            row += matmul(b.dropped(b.P), sweep.read(cut(t12.v, b.cols)))
     return tto.to(sweep.out_dtype)

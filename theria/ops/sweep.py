@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -56,10 +57,20 @@ def mul(x: Tensor, y: Tensor) -> Tensor:
     return x.mul_(y) if _holds(x, y) else x * y
 
 
+def cut(x: Tensor, part: slice, dim: int = -2) -> Tensor:
+    """x[..., part, :] as a view, also of a whole dimension (indexing would alias, which ``is_grads_batched`` lacks)."""
+    return x.narrow(dim, part.start, part.stop - part.start)
+
+
+def add_product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x + y∘z, in x's memory where it fits."""
+    return x.addcmul_(y, z) if _holds(x, y) and _holds(x, z) else torch.addcmul(x, y, z)
+
+
 def mask_block(mask: Tensor, rows: slice, cols: slice) -> Tensor:
     """The block of a mask whose last dimensions may be broadcast."""
-    mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
-    return mask if mask.shape[-1] == 1 else mask[..., cols]
+    mask = mask if mask.shape[-2] == 1 else cut(mask, rows)
+    return mask if mask.shape[-1] == 1 else cut(mask, cols, -1)
 
 
 @dataclass(frozen=True)
@@ -101,8 +112,13 @@ class Sweep:
     def read(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
-    def zeros(self, *tail: int) -> Tensor:
-        return self.q.new_zeros(*self.batch, *tail)
+    def zeros(self, *tail: int, like: Tensor | None = None) -> Tensor:
+        """Zeros (*L, *tail). ``like``: a tensor that is computed from every cotangent and tangent of the call.
+
+        ``is_grads_batched`` maps cotangents by a mechanism of its own, in which what is accumulated into must descend
+        from a mapped tensor.
+        """
+        return (self.q if like is None else like).new_zeros(*self.batch, *tail, dtype=self.dtype)
 
     def slices(self) -> Iterator[tuple[slice, slice]]:
         """(rows, columns) of each block."""
@@ -114,7 +130,7 @@ class Sweep:
 
     def scores(self, rows: slice, cols: slice) -> Tensor:
         """S (1) of a block."""
-        S = matmul(self.q[..., rows, :], self.k[..., cols, :].mT).mul_(self.spec.scale)
+        S = matmul(cut(self.q, rows), cut(self.k, cols).mT).mul_(self.spec.scale)
         if self.mask is not None:
             mask = mask_block(self.mask, rows, cols)
             S = S.masked_fill(~mask, NEG_INF) if mask.dtype == torch.bool else S + mask.to(S.dtype)
@@ -134,16 +150,20 @@ class Sweep:
         """P = exp(S − lse) of each block, the same to the last bit at every order."""
         assert self.lse is not None
         for rows, cols in self.slices():
-            P = sub(self.scores(rows, cols), self.lse[..., rows, :]).exp_()
+            P = sub(self.scores(rows, cols), cut(self.lse, rows)).exp_()
             yield Block(rows, cols, P, self.keep(rows, cols))
+
+    def carrier(self, t: Tangents) -> Tensor:
+        """A zero that is computed from every tangent (see :meth:`zeros`)."""
+        return reduce(torch.add, [x.new_zeros(()) for x in t if x is not None], self.q.new_zeros(()))
 
     def score_tangent(self, t: Tangents, b: Block) -> Tensor | None:
         """tS (10) of a block; None when the direction does not move the scores."""
         tS = None
         if t.q is not None:
-            tS = matmul(self.read(t.q[..., b.rows, :]), self.k[..., b.cols, :].mT)
+            tS = matmul(self.read(cut(t.q, b.rows)), cut(self.k, b.cols).mT)
         if t.k is not None:
-            other = matmul(self.q[..., b.rows, :], self.read(t.k[..., b.cols, :]).mT)
+            other = matmul(cut(self.q, b.rows), self.read(cut(t.k, b.cols)).mT)
             tS = other if tS is None else add(tS, other)
         if tS is not None:
             tS.mul_(self.spec.scale)
@@ -156,15 +176,15 @@ class Sweep:
         """c·tQ₁tK₂ᵀ of a block, the term of (19) in which two directions meet."""
         if t1.q is None or t2.k is None:
             return None
-        return matmul(self.read(t1.q[..., b.rows, :]), self.read(t2.k[..., b.cols, :]).mT).mul_(self.spec.scale)
+        return matmul(self.read(cut(t1.q, b.rows)), self.read(cut(t2.k, b.cols)).mT).mul_(self.spec.scale)
 
 
 class Cotangents:
     """Accumulates dq, dk, dv and dmask over row blocks, each reduced to its wanted shape (None: not wanted)."""
 
-    def __init__(self, sweep: Sweep, shapes: Shapes) -> None:
+    def __init__(self, sweep: Sweep, shapes: Shapes, like: Tensor) -> None:
         self.sweep = sweep
-        make = sweep.q.new_zeros
+        make = partial(like.new_zeros, dtype=sweep.dtype)
         self.q, self.k, self.v, self.mask = (None if shape is None else make(shape) for shape in shapes)
 
     @property
@@ -175,14 +195,14 @@ class Cotangents:
     def add_v(self, b: Block, weight: Tensor, do: Tensor) -> None:
         """dV += (R∘weight)ᵀ dO."""
         if self.v is not None:
-            _add_to(self.v[..., b.cols, :], matmul(b.dropped(weight).mT, do))
+            _add_to(cut(self.v, b.cols), matmul(b.dropped(weight).mT, do))
 
     def add_qk(self, b: Block, dS: Tensor, q: Tensor | None, k: Tensor | None) -> None:
         """dQ += dS K and dK += dSᵀ Q, without the factor c (see :meth:`results`); q and k may be tangents."""
         if self.q is not None and k is not None:
-            _add_to(self.q[..., b.rows, :], matmul(dS, self.sweep.read(k[..., b.cols, :])))
+            _add_to(cut(self.q, b.rows), matmul(dS, self.sweep.read(cut(k, b.cols))))
         if self.k is not None and q is not None:
-            _add_to(self.k[..., b.cols, :], matmul(dS.mT, self.sweep.read(q[..., b.rows, :])))
+            _add_to(cut(self.k, b.cols), matmul(dS.mT, self.sweep.read(cut(q, b.rows))))
 
     def add_mask(self, b: Block, dS: Tensor) -> None:
         """dZ += dS."""

@@ -116,6 +116,29 @@ def forward_over_forward(attend: Attend, s: Sample) -> Results:
     return inner, moving
 
 
+def along_the_direction(attend: Attend, s: Sample) -> Results:
+    """A Hessian-vector product is linear in its direction, and may be differentiated along it in both modes."""
+
+    def product(*t: Tensor) -> Any:
+        return jvp(grad(_loss(attend, s), ARGS), s.x, t)[1]
+
+    _, pull, *_ = vjp(product, *s.t)
+    return (*pull(s.u), *jvp(product, s.t, s.u)[1])
+
+
+def functional_hvp(attend: Attend, s: Sample) -> Results:
+    """``torch.autograd.functional``: its hvp differentiates a vjp along a dummy cotangent."""
+    return (
+        *torch.autograd.functional.hvp(_loss(attend, s), s.x, s.t)[1],
+        *torch.autograd.functional.vhp(_loss(attend, s), s.x, s.t)[1],
+    )
+
+
+def vectorized_hessian(attend: Attend, s: Sample) -> Results:
+    """``torch.autograd.functional.hessian(vectorize=True)``, which maps cotangents by ``is_grads_batched``."""
+    return _as_tuple(torch.autograd.functional.hessian(_loss(attend, s), s.x, vectorize=True))
+
+
 def full_hessian(attend: Attend, s: Sample) -> Results:
     return _as_tuple(hessian(_loss(attend, s), ARGS)(*s.x))
 
@@ -199,6 +222,9 @@ COMPOSITIONS: dict[str, Composition] = {
         reverse_over_forward,
         reverse_over_forward_tangents,
         forward_over_forward,
+        along_the_direction,
+        functional_hvp,
+        vectorized_hessian,
         full_hessian,
         jacobians,
         nested_jacobians,
@@ -211,7 +237,8 @@ COMPOSITIONS: dict[str, Composition] = {
     )
 }
 # Cheap enough for every sample; the others build whole Jacobians.
-DIRECTIONAL = tuple(name for name in COMPOSITIONS if name not in ("full_hessian", "jacobians", "nested_jacobians"))
+WHOLE_MATRICES = ("vectorized_hessian", "full_hessian", "jacobians", "nested_jacobians")
+DIRECTIONAL = tuple(name for name in COMPOSITIONS if name not in WHOLE_MATRICES)
 
 
 def third_order(attend: Attend, s: Sample) -> Results:
