@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,9 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Readers see the old file or the whole new one; of several writers the last one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")  # readable as the umask says
     try:
         yield temporary
         temporary.replace(path)
