@@ -8,21 +8,25 @@ import torch
 from torch import Tensor
 
 from theria.ops.explicit import sdpa_vjp
+from theria.ops.operands import default_scale
 
 
-def central_step(x: tuple[Tensor, ...], t: tuple[Tensor, ...]) -> float:
-    """Step h of a central difference at ``x`` along ``t``.
+def central_step(x: tuple[Tensor, ...], t: tuple[Tensor, ...], scale: float | None = None) -> float:
+    """Step h of a central difference of the VJP at ``x`` = (query, key, value) along ``t``.
 
-    The error is O(h²) from truncation plus O(ε/h) from rounding, both relative to the size of the input: h = ε^(1/3)
-    balances them (Nocedal and Wright, Numerical Optimization, 2nd ed., section 8.1), in units of ‖x‖ per ‖t‖.
+    The error is O((hr)²) from truncation plus O(εs/(hr)) from rounding; h = (εs)^(1/3) / r balances them (Nocedal and
+    Wright, Numerical Optimization, 2nd ed., section 8.1). Attention varies with its scores, so that r is the rate of
+    the scores along t, estimated from root mean squares as for independent entries, and s the size of the scores,
+    whose rounding is amplified by the exponential.
     """
-    size = torch.stack([a.detach().double().norm() for a in x]).norm()
-    length = torch.stack([a.detach().double().norm() for a in t]).norm()
-    if not length > 0:
-        return 1.0  # the difference along a zero direction is zero whatever the step
-    count = sum(a.numel() for a in x) ** 0.5
-    unit = max(size.item(), 1e-3 * count)  # inputs near zero still have a scale: that of their entries
-    return torch.finfo(x[0].dtype).eps ** (1 / 3) * unit / length.item()
+    q, k, v, tq, tk, tv = (a.detach().double().square().mean().sqrt().item() if a.numel() else 0.0 for a in (*x, *t))
+    width = x[0].shape[-1]
+    factor = (default_scale(width) if scale is None else abs(scale)) * width**0.5
+    rate = max(factor * (tq * k + q * tk), (factor * tq * tk) ** 0.5)
+    rounding = torch.finfo(x[0].dtype).eps * max(factor * q * k, 1.0)
+    if rate > 0:
+        return rounding ** (1 / 3) / rate
+    return v / tv if v > 0 and tv > 0 else 1.0  # linear in the values: the step need not be small
 
 
 def hvp_fd_vjp(
@@ -53,7 +57,7 @@ def hvp_fd_vjp(
         The product, shaped like (query, key, value). Expect a relative error of 1e-10 in float64 and 1e-4 in float32.
     """
     x, t = (query, key, value), (tangent_query, tangent_key, tangent_value)
-    h = central_step(x, t) if eps is None else eps
+    h = central_step(x, t, options.get("scale")) if eps is None else eps
     plus, minus = ([a + sign * h * b for a, b in zip(x, t, strict=True)] for sign in (1, -1))
     if grad_out is None:
         grouped = options.get("enable_gqa", False)
