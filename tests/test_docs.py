@@ -1,0 +1,226 @@
+"""Every command and every block of Python in the documentation runs, and every link leads somewhere.
+
+`HOW` says for each command how it is run here. A command that is not in it fails the test, so a new one in the
+documentation needs a line there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments import build, store
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (
+        ROOT / "README.md",
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/*.md"),
+        *ROOT.glob("theria/**/*.md"),
+    )
+)
+# Their ```python blocks are signatures that the parts agree on, not programs.
+SIGNATURES = ("docs/design/architecture.md",)
+
+Check = Callable[[Path], None]
+
+
+# ------------------------------------------------------------------------------------------- how a command is checked
+
+
+def as_it_stands(command: str) -> Check:
+    return runs(*shlex.split(command)[1:])
+
+
+def runs(*arguments: str) -> Check:
+    """A Python program with these arguments (possibly fewer steps than in the documentation) ends well."""
+
+    def check(_: Path) -> None:
+        result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    return check
+
+
+def composes(*overrides: str) -> Check:
+    """`scripts/train.sh` with these overrides is a run that can start (tests/test_scripts.py: it passes them on)."""
+
+    def check(folder: Path) -> None:
+        from hydra import compose, initialize_config_dir
+
+        store.register()
+        with initialize_config_dir(store.CONFIG_DIR, version_base="1.3"):
+            config = compose("train", [*overrides, f"run_dir={folder}"])
+        build.check(store.to_object(config))
+
+    return check
+
+
+def runs_test_command(*arguments: str) -> Check:
+    """`scripts/test.sh` with these arguments: pytest accepts them and finds tests (with none: every test there is)."""
+
+    def check(_: Path) -> None:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    return check
+
+
+def installs(*extras: str) -> Check:
+    """The extras exist; tests/test_packaging.py checks what they hold. Nothing is downloaded here."""
+
+    def check(_: Path) -> None:
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(extras) <= set(known)
+
+    return check
+
+
+def names(path: str) -> Check:
+    def check(_: Path) -> None:
+        assert (ROOT / path).is_file()
+
+    return check
+
+
+def theria_command(*arguments: str) -> Check:
+    return runs("-m", "theria.cli", *arguments)
+
+
+DECODER = "examples/minimal_decoder_transformer.py"
+HOW: dict[str, Check] = {
+    "bash scripts/train.sh": composes(),
+    "bash scripts/train.sh task.ways=10 inner.steps=3 tracking=off": composes(
+        "task.ways=10", "inner.steps=3", "tracking=off"
+    ),
+    "bash scripts/train.sh adjoint=mixed_mode ops=reference": composes("adjoint=mixed_mode", "ops=reference"),
+    "bash scripts/train.sh experiment=sinusoid_maml": composes("experiment=sinusoid_maml"),
+    "bash scripts/test.sh": runs_test_command(),
+    "bash scripts/test.sh tests/ops -k causal": runs_test_command("tests/ops", "-k", "causal"),
+    "pip install -e .": installs(),
+    'pip install -e ".[experiments,dev]"': installs("experiments", "dev"),
+    "pip install --no-deps torchvision==0.28.0": installs("vision"),
+    "conda env create -f environment.yml": names("environment.yml"),
+    "python scripts/smoke_sdpa.py": runs("scripts/smoke_sdpa.py"),
+    "theria info": theria_command("info"),
+    **{
+        command: as_it_stands(command)
+        for command in (
+            f"python {DECODER} --backend reference --device cpu --steps 5",
+            f"python {DECODER} --backend custom --device cpu --steps 5",
+            f"python {DECODER} --backend reference --device cpu --steps 1 --verbose",
+            "python examples/second_order_attention.py",
+        )
+    },
+    f"python {DECODER} --backend custom --device cpu --steps 300 --lr 3e-3 --use-synthetic-task": runs(
+        DECODER, "--backend", "custom", "--device", "cpu", "--steps", "3", "--lr", "3e-3", "--use-synthetic-task"
+    ),
+    "python examples/maml_sinusoid.py --steps 3000": runs("examples/maml_sinusoid.py", "--steps", "3"),
+    "python examples/maml_sinusoid.py --steps 3000 --adjoint mixed_mode": runs(
+        "examples/maml_sinusoid.py", "--steps", "3", "--adjoint", "mixed_mode"
+    ),
+}
+
+
+# -------------------------------------------------------------------------------------------------------- the blocks
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: str) -> list[str]:
+    """One a line, comments dropped and continued lines joined."""
+    text = "\n".join(blocks(document, "bash")).replace("\\\n", " ")
+    lines = (re.sub(r"\s+#.*$", "", line).strip() for line in text.splitlines())
+    return [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
+
+
+COMMANDS = sorted({command for document in DOCUMENTS for command in commands(document)})
+PROGRAMS = [
+    (document, number)
+    for document in DOCUMENTS
+    if document not in SIGNATURES
+    for number in range(len(blocks(document, "python")))
+]
+
+
+def test_the_documents_are_found() -> None:
+    assert {"README.md", "docs/STATUS.md", "examples/README.md", "docs/theory/hvp.md"} <= set(DOCUMENTS)
+    assert len(COMMANDS) > 10
+    assert len(PROGRAMS) > 6
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, tmp_path: Path) -> None:
+    assert command in HOW, f"say in HOW how {command!r} is run by this test"
+    HOW[command](tmp_path)
+
+
+def test_no_line_of_the_table_is_left_over() -> None:
+    assert set(HOW) == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("document", "number"), PROGRAMS)
+def test_program(document: str, number: int) -> None:
+    source = blocks(document, "python")[number]
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(source, f"{document}, block {number}", "exec"), {"__name__": "__main__"})
+
+
+def test_every_fence_names_a_language_that_is_checked_or_none() -> None:
+    known = {"", "bash", "python", "yaml", "text"}
+    for document in DOCUMENTS:
+        fences = re.findall(r"^```(.*)$", (ROOT / document).read_text(), re.MULTILINE)
+        assert len(fences) % 2 == 0, f"{document}: a fence is not closed"
+        assert set(fences[::2]) <= known, f"{document}: {set(fences[::2]) - known}"
+
+
+# --------------------------------------------------------------------------------------------------------- the links
+
+
+def headings(document: Path) -> set[str]:
+    """GitHub's anchors of a document."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_relative_links_lead_somewhere(document: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / document).parent / path if path else ROOT / document
+        assert file.exists(), f"{document}: {target} does not exist"
+        assert ROOT in file.resolve().parents, f"{document}: {target} leaves the repository"
+        if anchor:
+            assert anchor in headings(file), f"{document}: {target} has no such heading"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_code_exist(document: str) -> None:
+    """`theria/...py` and the like, named in the text, are files of this repository."""
+    text = (ROOT / document).read_text()
+    for path in re.findall(r"`((?:theria|scripts|examples|experiments|configs|tests|docs)/[\w./-]+)`", text):
+        assert os.path.exists(ROOT / path), f"{document}: {path} does not exist"
+
+
+def test_figures_of_peers_name_their_machine() -> None:
+    text = (ROOT / "docs/comparison.md").read_text()
+    for needed in ("one\nNVIDIA H200", "PyTorch 2.11", "Triton 3.6", "JAX 0.11"):
+        assert needed in text
