@@ -132,7 +132,7 @@ def build_dataset(task: FewShotConfig, subset: str) -> ClassDataset:
         case DigitsConfig():
             return data.load_digits(subset)
         case OmniglotConfig():
-            return data.load_omniglot(task.root, task.split, subset)
+            return data.load_omniglot(task.root, task.split, subset, download=task.download)
     raise TypeError(f"no data set for {type(task).__name__}")
 
 

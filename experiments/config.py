@@ -45,7 +45,7 @@ class OmniglotConfig(FewShotConfig):
     """Omniglot's handwritten characters."""
 
     name: str = "omniglot"
-    root: str = MISSING  # the folder of the data set
+    root: str | None = None  # folder of the data set; null: $THERIA_OMNIGLOT, else theria.data's own place for it
     split: str = "vinyals"  # vinyals | background | small1 | small2
     download: bool = False  # fetch the data set into `root` when it is not there (needs torchvision and a network)
 
@@ -283,4 +283,5 @@ class EvaluateConfig:
     inner_steps: int | None = None  # steps of adaptation; null: as in the run
     tasks: int = 20  # tasks evaluated at once
     device: str = "auto"  # auto: cuda where there is one | cpu | cuda
+    root: str | None = None  # folder of Omniglot where it is not that of the run
     run_dir: str = MISSING  # where evaluation.json is written

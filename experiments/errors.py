@@ -55,7 +55,7 @@ def run(entry: Callable[[], None]) -> None:
             raise
         message, code = explain(error), UserError.exit_code
     except KeyboardInterrupt:
-        message, code = "interrupted before training began: nothing to resume", 130
+        message, code = "interrupted; if training had begun, trainer.resume=true with the same run_dir goes on", 130
     else:
         return
     print(f"error: {message}" if code < 128 else message, file=sys.stderr)

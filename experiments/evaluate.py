@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments import build, checkpoint, errors, store
-from experiments.config import EvaluateConfig
+from experiments.config import EvaluateConfig, OmniglotConfig
 from experiments.evaluation import Evaluation, evaluate
 
 
@@ -26,6 +26,8 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path) -> Evaluation:
     path, state = checkpoint.find(Path(settings.checkpoint))
     run = store.from_container(state["config"])
     run.trainer.device = settings.device
+    if settings.root is not None and isinstance(run.task, OmniglotConfig):
+        run.task.root = settings.root
     source = build.build_source(run, settings.subset, tasks=settings.tasks, seed=settings.seed)
     learner = build.build_learner(run)
     learner.load_state_dict(state["learner"])

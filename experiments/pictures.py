@@ -30,10 +30,11 @@ def learning_curve(rows: Sequence[dict[str, Any]], metric: str, path: Path) -> P
     _line(score, rows, f"val/{metric}_before", "held-out classes, no adaptation", linestyle=":")
     held_out = [row for row in rows if row.get(f"val/{metric}") is not None]
     if held_out:
-        steps, mean = [row["step"] for row in held_out], torch.tensor([row[f"val/{metric}"] for row in held_out])
-        half = torch.tensor([row.get(f"val/{metric}_ci95") or 0.0 for row in held_out])
-        score.plot(steps, mean, marker="o", markersize=3, label="held-out classes")
-        score.fill_between(steps, mean - half, mean + half, alpha=0.3)
+        steps, mean = [row["step"] for row in held_out], [row[f"val/{metric}"] for row in held_out]
+        half = [row.get(f"val/{metric}_ci95") or 0.0 for row in held_out]
+        low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
+        (line,) = score.plot(steps, mean, marker="o", markersize=3, label="held-out classes")
+        score.fill_between(steps, low, high, alpha=0.3, color=line.get_color())
     for axis, name in ((loss, "query loss after adaptation"), (score, metric)):
         axis.set(xlabel="outer step", ylabel=name)
         if axis.get_legend_handles_labels()[0]:
@@ -75,7 +76,7 @@ def _classification(task: Episode, predicted: torch.Tensor, path: Path) -> Path:
         support = task.support_x[task.support_y == label]
         mine = task.query_y == label
         for axis, image in zip(axes[label], [*support, *task.query_x[mine]], strict=True):
-            axis.imshow(image.mean(0), cmap="gray_r", vmin=0, vmax=1)
+            axis.imshow(image.mean(0).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         axes[label, 0].set_ylabel(f"class {label}", fontsize=8)
         for axis, guess in zip(axes[label, shots:], predicted[mine].tolist(), strict=True):
@@ -91,15 +92,15 @@ def _regression(task: Episode, before: torch.Tensor | None, after: torch.Tensor,
     axis = axes[0, 0]
     guesses = [("after", after)] if before is None else [("before adaptation", before), ("after", after)]
     if task.query_x.shape[-1] == 1:
-        x = task.query_x.flatten()
-        axis.plot(task.support_x.flatten(), task.support_y.flatten(), "k^", label="support")
-        axis.plot(x, task.query_y.flatten(), "ko", fillstyle="none", label="query")
+        x = _list(task.query_x)
+        axis.plot(_list(task.support_x), _list(task.support_y), "k^", label="support")
+        axis.plot(x, _list(task.query_y), "ko", fillstyle="none", label="query")
         for name, guess in guesses:
-            axis.plot(x, guess.flatten(), "x", label=name)
+            axis.plot(x, _list(guess), "x", label=name)
         axis.set(xlabel="x", ylabel="y")
     else:
         for name, guess in guesses:
-            axis.plot(task.query_y.flatten(), guess.flatten(), "x", label=name)
+            axis.plot(_list(task.query_y), _list(guess), "x", label=name)
         axis.axline((0, 0), slope=1, color="black", linewidth=0.5)
         axis.set(xlabel="target", ylabel="prediction")
     axis.legend(frameon=False)
@@ -110,6 +111,10 @@ def _line(axis: Any, rows: Sequence[dict[str, Any]], name: str, label: str, **st
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), label=label, linewidth=1, **style)
+
+
+def _list(values: torch.Tensor) -> list[float]:
+    return values.flatten().tolist()
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -45,7 +45,8 @@ class Plain:
             return
         self.shown = now
         left = (self.total - step) * (now - self.begun) / max(step - self.start, 1)
-        self.say("  ".join([f"step {step}/{self.total}", *(f"{k} {v}" for k, v in figures.items()), _left(left)]))
+        shown = [f"step {step}/{self.total}", *(f"{k} {v}" for k, v in figures.items())]
+        self.say("  ".join([*shown, _left(left)] if step > self.start else shown))
 
     def say(self, message: str) -> None:
         print(message, flush=True)

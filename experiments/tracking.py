@@ -88,6 +88,7 @@ class Wandb:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 outcome = "tracking goes on offline" if mode != modes[-1] else "only metrics.jsonl is written"
                 self.say(f"wandb cannot run {mode} ({reason}): {outcome}")
+                self.wandb.teardown()  # its service still holds the run's id
         return None
 
     def _settings(self, config: TrackingConfig) -> Any:

@@ -92,9 +92,10 @@ def _draw(trainer: Trainer, result: Evaluation) -> list[Path]:
         pictures.episode(parts.learner, parts.sources["test"].sample(0), steps, folder / "episode.png"),
     ]
     if result.axis:
-        # Noiseless least squares of minimum norm from n points of dimension d leaves max(0, d - n) of the variance d.
-        exact = isinstance(task, LinearRegressionConfig) and task.noise == 0 and result.axis == "context length"
-        baseline = [max(0.0, task.dim - n) for n in range(len(result.curve))] if exact else None
+        baseline = None
+        if isinstance(task, LinearRegressionConfig) and task.noise == 0 and result.axis == "context length":
+            # Least squares of minimum norm from n noiseless points of dimension d leaves d - n of the variance d.
+            baseline = [max(0.0, task.dim - n) for n in range(len(result.curve))]
         drawn.append(pictures.inner_curve(result, folder / "inner_curve.png", baseline))
     return drawn
 

@@ -59,6 +59,7 @@ class Trainer:
         self.step = 0  # outer steps done; also the state of the sampler, whose episodes are pure in the step
         self.validated = -1  # the last step that was validated
         self._before, self._begun = 0.0, time.monotonic()
+        self._mark, self._tasks_per_second = (0, time.monotonic()), 0.0
         self._measured: dict[str, float] = {}  # the newest figures, shown until there are newer ones
 
     # ------------------------------------------------------------------------------------------------------- state
@@ -85,6 +86,7 @@ class Trainer:
         checkpoint.restore_rng(state["rng"])
         self.step, self._before, self.validated = state["step"], state["elapsed"], validated
         self._begun = time.monotonic()
+        self._mark = (self.step, self._begun)
 
     # -------------------------------------------------------------------------------------------------------- loop
     def run(self) -> Evaluation:
@@ -128,7 +130,6 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------------- step
     def _train_step(self) -> None:
-        begun = time.monotonic()
         episode = self._episode()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.trainer, self.step)
@@ -136,16 +137,17 @@ class Trainer:
         loss = self.learner(episode)
         loss.backward()
         loss = loss.detach()
-        clip = math.inf if self.trainer.clip is None else self.trainer.clip
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not bool(loss.isfinite() & norm.isfinite()):
             self._stop_nonfinite(episode, loss, norm)
+        if self.trainer.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.trainer.clip, norm)
         logged = (self.step + 1) % self.trainer.log_every == 0
         measured = self._measure(episode) if logged else {}
         self.optimiser.step()
         time.sleep(self.config.debug.step_seconds)
         self.step += 1
-        self._show(float(loss), float(norm), measured, time.monotonic() - begun, logged)
+        self._show(float(loss), float(norm), measured, logged)
 
     def _episode(self) -> Episode:
         debug = self.config.debug
@@ -174,12 +176,13 @@ class Trainer:
         )
 
     # ----------------------------------------------------------------------------------------------------- figures
-    def _show(self, loss: float, norm: float, measured: dict[str, float], seconds: float, logged: bool) -> None:
-        speed = self.config.task.tasks / seconds
+    def _show(self, loss: float, norm: float, measured: dict[str, float], logged: bool) -> None:
         self._measured |= measured
+        if logged:
+            self._tasks_per_second = self._speed()
         figures = {"loss": f"{loss:.3f}"}
         figures |= {name.split("/")[1]: f"{value:.3f}" for name, value in self._measured.items()}
-        self.parts.progress.update(self.step, figures | {"tasks/s": f"{speed:.0f}"})
+        self.parts.progress.update(self.step, figures | {"tasks/s": f"{self._tasks_per_second:.0f}"})
         if not logged:
             return
         values = {
@@ -188,11 +191,16 @@ class Trainer:
             "train/lr": self.optimiser.param_groups[0]["lr"],
             "gradient/norm": norm,
             "gradient/nonfinite": 0,
-            "system/tasks_per_second": speed,
+            "system/tasks_per_second": self._tasks_per_second,
             "system/seconds": self.elapsed,
             "system/peak_memory_mb": _peak_memory_mb(),
         }
         self.parts.tracker.scalars(self.step, values | self._health())
+
+    def _speed(self) -> float:
+        """Tasks per second since the last call, validation left out."""
+        (step, then), self._mark = self._mark, (self.step, time.monotonic())
+        return (self.step - step) * self.config.task.tasks / max(self._mark[1] - then, 1e-9)
 
     def _health(self) -> dict[str, float]:
         """The second-order share of the meta-gradient and the learned inner rates, every `health_every` steps."""
@@ -205,7 +213,9 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- evaluation
     def validate(self) -> None:
+        begun = time.monotonic()
         result = self._evaluate("val", self.trainer.val_episodes)
+        self._mark = (self._mark[0], self._mark[1] + time.monotonic() - begun)
         self.validated = self.step
         self.say(f"step {self.step}: {result.text()}")
 

@@ -14,13 +14,6 @@ KEY = "0" * 40
 NOWHERE = "http://127.0.0.1:9"  # the discard port: refuses at once
 
 
-def test_off_makes_no_folder(process, tiny, tmp_path):
-    done = process("experiments.train", *tiny, "tracking=off", "run_dir=run")
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "run/wandb").exists()
-    assert (tmp_path / "run/metrics.jsonl").exists()
-
-
 def test_offline_holds_config_scalars_and_pictures(process, tiny, tmp_path):
     arguments = [item for item in tiny if item != "tracking=off"]
     done = process("experiments.train", *arguments, "trainer.pictures=true", "inner.learn_lr=true", "run_dir=run")

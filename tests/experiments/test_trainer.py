@@ -44,6 +44,7 @@ def test_a_run_leaves_its_configuration_metrics_and_results(run_here, tmp_path):
     assert all(row["gradient/norm"] > 0 for row in rows if "gradient/norm" in row)
     assert {key.split("/")[0] for row in rows for key in row} <= {*tracking.GROUPS, "step"}
     assert json.loads((tmp_path / "results.json").read_text())["mean"] == result.after.mean
+    assert not (tmp_path / "wandb").exists()  # tracking=off
 
 
 def test_training_learns(run_here, tmp_path):
@@ -192,6 +193,24 @@ def test_the_second_order_share_is_that_of_a_quadratic():
         learner = meta.MAML(model, loss, inner=meta.SGD(lr=alpha), steps=1, adjoint=adjoint)
         share = second_order_share(learner, Episode(ones, zeros, ones, zeros))
         assert share == pytest.approx(alpha * h / (1 - alpha * h), rel=1e-12)
+
+
+def test_a_live_bar_shows_the_same_run(run_here, tmp_path, capsys):
+    assert run_here(tmp_path / "bar", "trainer.display=bar") == run_here(tmp_path / "off", "trainer.display=off")
+    assert "test mse" in capsys.readouterr().out
+
+
+def test_plain_progress_names_loss_figure_speed_and_time_left(capsys, monkeypatch):
+    from experiments.progress import Plain
+
+    times = iter([100.0, 110.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    shown = Plain(total=30, done=0)
+    shown.update(10, {"loss": "1.5", "tasks/s": "40"})
+    shown.update(20, {"loss": "1.2", "accuracy": "0.5", "tasks/s": "40"})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 10/30  loss 1.5  tasks/s 40"  # nothing is known of the speed yet
+    assert second == "step 20/30  loss 1.2  accuracy 0.5  tasks/s 40  left 0:10"
 
 
 def test_pictures_are_drawn(run_here, tmp_path):
