@@ -20,7 +20,11 @@ def rand(*shape: int, **kwargs: Any) -> torch.Tensor:
 
 CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "not_a_tensor": ({"key": [1.0]}, TypeError, r"key is a list; a torch\.Tensor is needed"),
-    "integer": ({"query": torch.ones(2, 4, 5, 8, dtype=torch.int64)}, TypeError, r"query has dtype torch\.int64.*float"),
+    "integer": (
+        {"query": torch.ones(2, 4, 5, 8, dtype=torch.int64)},
+        TypeError,
+        r"query has dtype torch\.int64.*float",
+    ),
     "boolean": ({"value": torch.ones(2, 4, 7, 3, dtype=torch.bool)}, TypeError, r"value has dtype torch\.bool"),
     "complex": ({"query": rand(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, r"query has dtype torch\.complex64"),
     "mixed_dtypes": ({"key": rand(2, 4, 7, 8, dtype=torch.float64)}, TypeError, r"one dtype.*key torch\.float64"),

@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from theria.ops import sdpa
+from theria.ops.checks import resolve
 
 _NAME = "theria"
+_backend: ContextVar[str | None] = ContextVar("higher_order_backend", default=None)
 
 
-class higher_order(TorchFunctionMode):  # a context manager, named like a function as torch.no_grad is
+@contextmanager
+def higher_order(backend: str = "auto") -> Iterator[None]:
     """Inside this context every ``F.scaled_dot_product_attention`` is :func:`theria.ops.sdpa`.
 
     That covers ``nn.MultiheadAttention``, ``nn.TransformerEncoder``, timm, and Hugging Face models with
-    ``attn_implementation="sdpa"``. It acts on the calls made inside it; derivatives may be taken later, outside.
-    PyTorch's fused inference path of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` (modules in eval
-    mode, without gradients) does not call ``F.scaled_dot_product_attention`` and is left alone.
+    ``attn_implementation="sdpa"``. It acts on the calls made inside it, in this thread; derivatives may be taken later,
+    outside. Not covered: code that took the function itself out of its module before (``from torch.nn.functional import
+    scaled_dot_product_attention``), and PyTorch's fused inference path of ``nn.TransformerEncoderLayer`` (eval mode,
+    no gradients), which does not call it.
 
     Args:
         backend: as in :func:`theria.ops.sdpa`.
+
+    Raises:
+        theria.ops.ArgumentError: an unknown backend.
 
     Example:
         >>> with theria.attention.higher_order():
         ...     loss = model(x).sum()
     """
+    resolve(backend)
+    _install()
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
 
-    def __init__(self, backend: str = "auto") -> None:
-        super().__init__()
-        self.backend = backend
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return sdpa(*args, **kwargs, backend=self.backend)
-        return func(*args, **kwargs)
+def _install() -> None:
+    """Put the router in the place of the function, once; outside every context it passes calls through."""
+    original = F.scaled_dot_product_attention
+    if getattr(original, "routes_to_theria", False):
+        return
+
+    @functools.wraps(original)
+    def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        backend = _backend.get()
+        return original(*args, **kwargs) if backend is None else sdpa(*args, **kwargs, backend=backend)
+
+    scaled_dot_product_attention.routes_to_theria = True  # type: ignore[attr-defined]
+    F.scaled_dot_product_attention = scaled_dot_product_attention
 
 
 def _hf_attention(
