@@ -37,7 +37,7 @@ class MixedMode(Adjoint):
 
     Raises:
         NotImplementedError: when its gradient is differentiated again, or differentiated in forward mode.
-        ValueError: when the inner loss depends on a tensor that needs a gradient and is not one of its arguments.
+        ValueError: when the inner loss reads a tensor that is differentiated or mapped over and not an argument.
     """
 
     def solve(
@@ -58,8 +58,19 @@ class MixedMode(Adjoint):
         random = RandomStates(tensors) if probe(inner_loss, params, context, tensors) else None
         n_hyper = len(pytree.tree_leaves(hyper))
         loop = _Loop(inner_loss, optimiser, steps, len(params), n_hyper, spec, where, constants, random)
-        final: tuple[Tensor, ...] = _InnerLoop.apply(loop, *tensors)  # type: ignore[assignment]
+        try:
+            final: tuple[Tensor, ...] = _InnerLoop.apply(loop, *tensors)  # type: ignore[assignment]
+        except RuntimeError as error:
+            if "INTERNAL ASSERT" in str(error) and "functorch" in str(error):
+                raise ValueError(_CLOSED_OVER_VMAP) from error
+            raise
         return dict(zip(params, final, strict=False))  # the trajectory follows
+
+
+_CLOSED_OVER_VMAP = (
+    "MixedMode: the inner loss reads a closed-over tensor that torch.func.vmap maps over, which PyTorch cannot bring "
+    "into an autograd.Function. Pass it through context, or use adjoint=Unrolled()"
+)
 
 
 @dataclass(frozen=True, eq=False)
