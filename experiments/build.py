@@ -178,7 +178,9 @@ def build_learner(config: Config) -> Learner:
 
 def _maml(config: Config, model: nn.Module) -> meta.MAML:
     inner = config.inner
-    return meta.MAML(
+    if inner.head_lr is not None and not inner.learn_lr:
+        raise ValueError("inner.head_lr starts a learned rate: give inner.learn_lr=true with it, or inner.head_lr=null")
+    learner = meta.MAML(
         model,
         loss_fn(config.task),
         inner=meta.SGD(lr=inner.lr, momentum=inner.momentum, nesterov=inner.nesterov, learn_lr=inner.learn_lr),
@@ -187,6 +189,12 @@ def _maml(config: Config, model: nn.Module) -> meta.MAML:
         adapt=config.learner.adapt,
         chunk_size=config.learner.chunk_size,
     )
+    if inner.head_lr is not None:
+        with torch.no_grad():
+            for name, parameter in learner.named_parameters():
+                if name.startswith("rates.lr.head/"):
+                    parameter.fill_(inner.head_lr)
+    return learner
 
 
 def build_adjoint(kind: AdjointKind) -> Any:

@@ -163,6 +163,7 @@ class InnerConfig:
     momentum: float = 0.0  # 0: none
     nesterov: bool = False  # Nesterov's form of momentum
     learn_lr: bool = False  # one learned rate a parameter entry (Meta-SGD)
+    head_lr: float | None = None  # with learn_lr: another starting value for the classifier; null: lr
     steps: int = 1  # steps while training
     eval_steps: int | None = None  # steps while evaluating; null: as many as in training
 

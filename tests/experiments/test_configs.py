@@ -177,6 +177,19 @@ def test_the_seed_decides_the_parameters(compose_config):
     assert not torch.equal(parameters(1), parameters(2))
 
 
+def test_the_classifier_can_start_at_its_own_rate(compose_config):
+    base = ["inner=metasgd", "inner.lr=0.1"]
+    rates = {
+        name: set(rate.flatten().tolist())
+        for name, rate in build.build_learner(compose_config(*base, "inner.head_lr=2")).named_parameters()
+        if name.startswith("rates.lr.")
+    }
+    assert rates.pop("rates.lr.head/weight") == rates.pop("rates.lr.head/bias") == {2.0}
+    assert set().union(*rates.values()) == {pytest.approx(0.1)}
+    with pytest.raises(UserError, match=r"inner\.learn_lr=true"):
+        build.build_learner(compose_config("inner=sgd", "inner.head_lr=2"))
+
+
 def test_the_subsets_share_no_task(compose_config):
     sources = build.build_sources(compose_config("task=sinusoid", "model=mlp", "task.tasks=20"))
     targets = [source.sample(0).query_y for source in sources.values()]
