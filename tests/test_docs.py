@@ -115,6 +115,7 @@ HOW: dict[str, Check] = {
     "pip install --no-deps torchvision==0.28.0": installs("vision"),
     "conda env create -f environment.yml": names("environment.yml"),
     "python scripts/smoke_sdpa.py": runs("scripts/smoke_sdpa.py"),
+    "theria check": theria_command("check"),
     "theria info": theria_command("info"),
     **{
         command: as_it_stands(command)

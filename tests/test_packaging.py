@@ -11,14 +11,17 @@ import textwrap
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+from torch import Tensor
 
 import theria
 from theria import cli
+from theria.testing import standard_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -219,6 +222,34 @@ def test_info_says_what_is_not_installed() -> None:
     assert cli.version("a-package-that-nobody-has") == "not installed"
     result = run_without_optional_packages("from theria import cli; print(cli.info())")
     assert "device" in result.stdout, result.stderr
+
+
+@pytest.fixture
+def two_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [s for s in standard_samples() if s.name in ("causal", "dropout")]
+    monkeypatch.setattr(cli, "standard_samples", lambda: samples)
+
+
+@pytest.mark.usefixtures("two_samples")
+def test_check_passes_on_every_backend_that_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    for backend in ("reference", "custom"):
+        assert [row.split()[2:5:2] for row in rows if row.startswith(backend)][:2] == [["truth", "ok"], ["laws", "ok"]]
+
+
+@pytest.mark.usefixtures("two_samples")
+def test_check_fails_when_a_derivative_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    def doubled(*operands: Tensor, **options: Any) -> Tensor:
+        out = theria.sdpa(*operands, **options)
+        return 2 * out - out.detach()  # the right value and twice the derivative
+
+    def shifted(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return theria.sdpa(query, key, value, **options) + key.sum()  # breaks the law of the key shift
+
+    for wrong in (doubled, shifted):
+        assert cli.check(wrong) >= 2
+        assert "FAILED: above" in capsys.readouterr().out
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
