@@ -240,8 +240,8 @@ def test_check_passes_on_every_backend_that_is_here(capsys: pytest.CaptureFixtur
 
 @pytest.mark.usefixtures("two_samples")
 def test_check_fails_when_a_derivative_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
-    def doubled(*operands: Tensor, **options: Any) -> Tensor:
-        out = theria.sdpa(*operands, **options)
+    def doubled(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        out = theria.sdpa(query, key, value, **options)
         return 2 * out - out.detach()  # the right value and twice the derivative
 
     def shifted(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
