@@ -336,14 +336,30 @@ def test_an_environment_made_by_hand_is_completed_not_deleted(machine: Machine) 
     assert (machine.venv / "by-hand").exists()
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "scripts/constraints.txt", "scripts/constraints-cpu.txt"])
-def test_changed_requirements_are_installed_in_place(machine: Machine, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("pyproject.toml", '"torch>=2.11"', '"torch>=2.12"'),
+        ("scripts/constraints.txt", "numpy==2.3.5", "numpy==2.3.4"),
+        ("scripts/constraints-cpu.txt", "triton==3.6.0", "triton==3.7.0"),
+    ],
+)
+def test_changed_requirements_are_installed_in_place(machine: Machine, name: str, old: str, new: str) -> None:
     machine.prepare()
-    with (machine.root / name).open("a") as file:
-        file.write("# changed\n")
+    text = (machine.root / name).read_text()
+    assert old in text
+    (machine.root / name).write_text(text.replace(old, new))
     machine.prepare()
     assert machine.calls == CPU_CALLS
     assert machine.created == 1
+
+
+def test_changed_settings_of_tools_install_nothing(machine: Machine) -> None:
+    machine.prepare()
+    text = (machine.root / "pyproject.toml").read_text()
+    (machine.root / "pyproject.toml").write_text(text.replace("line-length = 120", "line-length = 100"))
+    machine.prepare()
+    assert machine.calls == []
 
 
 def test_a_named_python_of_another_version_rebuilds(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

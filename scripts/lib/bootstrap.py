@@ -5,7 +5,7 @@ environment, `theria-state.json`, always replaced atomically. Its `phase`:
 
     installing  pip is at work. Found at the start of a run it means that pip was killed: build anew.
     stopped     pip ended by itself, with an error: what is there is sound, go on from it.
-    ready       complete for the `key` (a hash of pyproject.toml and the pins), the extras and the flavour of torch.
+    ready       complete for the `key` (a hash of the metadata and the pins), the extras and the flavour of torch.
 
 An environment without that file was made by hand: it is completed in place and nothing in it is deleted.
 """
@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -65,10 +66,11 @@ class Environment:
         return self.path / "theria-state.json"
 
     def key(self) -> str:
-        digest = hashlib.sha256()
-        for name in ("pyproject.toml", *PINS):
-            digest.update(name.encode() + b"\0" + (self.root / name).read_bytes())
-        return digest.hexdigest()
+        """A hash of all that decides what is installed: the pins, and pyproject.toml without the settings of tools."""
+        metadata = tomllib.loads((self.root / "pyproject.toml").read_text())
+        tables = [metadata["build-system"], metadata["project"], metadata.get("tool", {}).get("setuptools")]
+        pins = [(self.root / name).read_text() for name in PINS]
+        return hashlib.sha256(json.dumps([tables, pins], sort_keys=True).encode()).hexdigest()
 
     def state(self) -> dict:
         """The last state written, or {} (none, or unreadable)."""
