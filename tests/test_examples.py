@@ -122,6 +122,16 @@ def test_limits_are_named(arguments: tuple[str, ...], message: str) -> None:
     assert out == ""
 
 
+@pytest.mark.skipif(CAPABILITIES["triton"].missing() is None, reason="the fused kernels are here")
+def test_with_a_device_but_without_kernels_the_operators_message_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = load(DECODER)
+    monkeypatch.setattr(decoder, "check_limits", lambda options: torch.device("cpu"))
+    assert decoder.main([]) == 1
+    assert "backend 'triton' cannot compute this call" in capsys.readouterr().err
+
+
 def test_the_limit_of_the_fused_backend_is_the_operators() -> None:
     assert CAPABILITIES["triton"].max_head_dim == load(DECODER).MAX_FUSED_HEAD_DIM
 

@@ -160,6 +160,8 @@ class Machine:
         self.root, self.venv, self.log = root, root / ".venv", root / "calls"
         self.pip, self.torch = "exit 0", "2.13.0+cpu cpu"
         self.created = 0
+        monkeypatch.syspath_prepend(root / "scripts/lib")  # where Python finds the modules beside a script
+        monkeypatch.delitem(sys.modules, "pip_runner", raising=False)
         specification = importlib.util.spec_from_file_location("bootstrap", root / "scripts/lib/bootstrap.py")
         assert specification is not None
         assert specification.loader is not None
@@ -292,6 +294,21 @@ def test_no_cpu_build_anywhere_is_an_error_and_never_a_cuda_build(machine: Machi
     with pytest.raises(machine.module.Problem, match="neither in the configured index nor within reach"):
         machine.prepare()
     assert [call for call in machine.calls if CPU_TORCH not in call] == []
+
+
+def test_without_any_network_the_message_is_about_the_network(machine: Machine) -> None:
+    machine.pip = 'echo "NewConnectionError; ERROR: No matching distribution found" >&2; exit 1'
+    with pytest.raises(machine.module.Problem, match="no network: pip could not reach a package index"):
+        machine.prepare()
+    assert machine.phase == "stopped"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the plain build is the CPU build")
+def test_one_index_out_of_reach_does_not_hide_the_index_of_cpu_builds(machine: Machine) -> None:
+    found = 'case "$*" in *constraints*|*index-url*) exit 0 ;; esac; '
+    machine.pip = found + 'echo "NewConnectionError; ERROR: No matching distribution found" >&2; exit 1'
+    machine.prepare()
+    assert machine.phase == "ready"
 
 
 @pytest.mark.parametrize(

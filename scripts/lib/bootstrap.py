@@ -29,23 +29,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pip_runner import Problem, explain_pip, no_network, not_found, run_pip
+
 ROOT = Path(__file__).resolve().parents[2]
 PINS = ("scripts/constraints.txt", "scripts/constraints-cpu.txt")
 # PyTorch's own index of CPU builds, asked only when the configured index has none.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # The complete CPU environment is 2.3 GB and its downloads about 0.6; the CUDA libraries of torch 2.13 add about 7.
 NEEDED_GB = {"cpu": 3.5, "cuda": 12.0}
-NO_NETWORK = re.compile(
-    r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolutionError|ProxyError|SSLError|Max retries exceeded"
-    r"|Failed to establish a new connection|Network is unreachable|Connection (refused|reset|aborted|broken)",
-    re.IGNORECASE,
-)
-NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)
-NOT_FOUND = re.compile(r"No matching distribution found")
-
-
-class Problem(Exception):
-    """Something is missing that the user can provide; its text says what and how."""
 
 
 @dataclass(frozen=True)
@@ -186,36 +177,12 @@ def create(environment: Environment) -> None:
 
 
 def pip_install(environment: Environment, *arguments: str) -> tuple[int, str]:
-    """Runs `pip install`, its output passed on to stderr; returns the exit status and what it wrote as errors."""
-    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    variables |= {"PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    command = [str(environment.python), "-m", "pip", "install", *arguments]
+    """`pip install` with the state kept beside it; see pip_runner.run_pip."""
     environment.write_state("installing")
-    with subprocess.Popen(
-        command, cwd=environment.root, env=variables, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
-    ) as pip:
-        assert pip.stderr is not None
-        errors = []
-        for line in pip.stderr:
-            sys.stderr.write(line)
-            errors.append(line)
-    if pip.returncode >= 0:  # negative: ended by a signal, so the state stays "installing"
+    status, errors = run_pip(environment.python, environment.root, arguments)
+    if status >= 0:  # negative: ended by a signal, so the state stays "installing"
         environment.write_state("stopped")
-    return pip.returncode, "".join(errors)
-
-
-def explain_pip(errors: str, what: str) -> Problem:
-    """The error to show for a pip that failed to install `what`."""
-    if NO_SPACE.search(errors):
-        return Problem(f"the disk is full: pip could not install {what}. Free some space and run again.")
-    if NO_NETWORK.search(errors):
-        return Problem(
-            f"no network: pip could not reach a package index for {what}. Check the connection (and HTTPS_PROXY, or "
-            "PIP_INDEX_URL for a mirror), then run the same command again: it goes on from here."
-        )
-    if NOT_FOUND.search(errors):
-        return Problem(f"the package index has not all of {what} for Python {platform.python_version()}; see above.")
-    return Problem(f"pip could not install {what}; its message is above. Run the same command again once it is solved.")
+    return status, errors
 
 
 def torch_requirement(environment: Environment) -> str:
@@ -237,11 +204,13 @@ def install_torch(environment: Environment, requirement: str) -> None:
     status, errors = pip_install(environment, "--no-deps", requirement)
     if status == 0:
         return
-    if not NOT_FOUND.search(errors) or NO_NETWORK.search(errors) or not requirement.endswith("+cpu"):
+    if not not_found(errors) or not requirement.endswith("+cpu"):
         raise explain_pip(errors, requirement)
     say(f"the configured index has no {requirement}; asking PyTorch's index of CPU builds")
-    status, errors = pip_install(environment, "--no-deps", "--index-url", TORCH_CPU_INDEX, requirement)
+    status, _ = pip_install(environment, "--no-deps", "--index-url", TORCH_CPU_INDEX, requirement)
     if status != 0:
+        if no_network(errors):
+            raise explain_pip(errors, requirement)
         raise Problem(
             f"{requirement} for Python {platform.python_version()} is neither in the configured index nor within "
             f"reach at {TORCH_CPU_INDEX}. Check the network, try another interpreter (THERIA_PYTHON=python3.11), or "
