@@ -111,6 +111,20 @@ def test_vmap_over_parameters_equals_the_loop(problem):
     torch.testing.assert_close(out[1], functional_call(model, rows[1], x), rtol=EXACT, atol=EXACT)
 
 
+def test_gradient_of_vmapped_gradients_equals_the_loop(problem):
+    """The composition of MAML over a batch of tasks, where PyTorch's own norms are silently wrong."""
+    *_, params, tangent, loss = problem
+    stacked = {k: torch.stack([params[k], params[k] + 0.1 * tangent[k]]) for k in params}
+
+    def product(gradients):
+        return torch.stack([(g * tangent[k]).sum() for k, g in gradients.items()]).sum()
+
+    batched = grad(lambda stacked: product(vmap(grad(loss))(stacked)))(stacked)
+    for i in range(2):
+        row = {k: p[i] for k, p in stacked.items()}
+        close({k: g[i] for k, g in batched.items()}, grad(lambda p: product(grad(loss)(p)))(row), EXACT)
+
+
 def test_stacked_models_run_under_vmap():
     models = [MLP([3, 5, 2]) for _ in range(3)]
     params, buffers = stack_module_state(models)  # type: ignore[arg-type]

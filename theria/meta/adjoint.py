@@ -10,6 +10,7 @@ from torch import Tensor
 
 from theria.meta.constant import constant, plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
+from theria.meta.second_order import second_order
 
 Context = Any  # a pytree of tensors: everything else the inner loss depends on
 InnerLoss = Callable[[Params, Context], Tensor]
@@ -37,6 +38,7 @@ class Adjoint(ABC):
 
         Args:
             inner_loss: (params, context) -> scalar; pure, and without tensors from outside that need a gradient.
+                It runs inside `theria.meta.second_order`, which mends what PyTorch gets wrong there.
             params: what is adapted, by name.
             context: a pytree with every other differentiable input (data, parameters that are not adapted).
             optimiser: makes the updates, from `optimiser.init(params)`.
@@ -60,7 +62,7 @@ class Unrolled(Adjoint):
     ) -> Params:
         state = optimiser.init(params)
         for _ in range(steps):
-            grads = torch.func.grad(inner_loss)(params, context)
+            grads = torch.func.grad(second_order(inner_loss))(params, context)
             params, state = optimiser.update(grads, state, params, hyper)
         return params
 
@@ -87,6 +89,6 @@ class FirstOrder(Adjoint):
         state = optimiser.init(params)
         for _ in range(steps):
             with torch.no_grad():  # the outer levels record nothing of this
-                grads = plain_gradient(lambda p: inner_loss(p, context), params)
+                grads = plain_gradient(lambda p: second_order(inner_loss)(p, context), params)
             params, state = optimiser.update(constant(grads), state, params, hyper)
         return params

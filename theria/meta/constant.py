@@ -9,13 +9,14 @@ from torch.utils import _pytree as pytree
 
 
 def plain_gradient(loss: Callable[[Any], Tensor], tree: Any) -> Any:
-    """The gradient of `loss` at a pytree; forward mode passes through it, reverse mode does not.
+    """The gradient of `loss` at a pytree, for callers that will not differentiate it in reverse again.
 
     `torch.func.grad` keeps the graph of its own backward in case it is differentiated again; here each activation is
-    freed as soon as the backward is past it, which halves the peak of a forward-over-reverse pass.
+    freed as soon as the backward is past it.
     """
     value, pull = torch.func.vjp(loss, tree)[:2]
-    (gradient,) = pull(torch.ones_like(value), retain_graph=False, create_graph=False)
+    # create_graph: without it the engine adds in place, which the zero tangents of forward mode refuse.
+    (gradient,) = pull(torch.ones_like(value), retain_graph=False, create_graph=True)
     return gradient
 
 

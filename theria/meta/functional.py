@@ -39,7 +39,8 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
             try:
                 out = functional_call(module, {**params, **buffers}, (x,))
             except RuntimeError as error:
-                if "vmap: inplace" in str(error) and buffers:
+                # What vmap says of an in-place update of something that is not mapped over.
+                if buffers and any(s in str(error) for s in ("vmap: inplace", "doesn't match the broadcast shape")):
                     raise RuntimeError(_written(", ".join(buffers))) from error
                 raise
         for name, copy in buffers.items():

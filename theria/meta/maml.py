@@ -14,6 +14,7 @@ from theria.meta.adjoint import Adjoint, FirstOrder, Unrolled
 from theria.meta.checks import Adapt, check_scalar, check_steps, check_support, is_batched, select
 from theria.meta.functional import Predictor, pure_function
 from theria.meta.optimisers import SGD, InnerOptimiser, Params
+from theria.meta.second_order import second_order
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,8 +93,7 @@ class MAML(nn.Module):
         """
 
         def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-            prediction = self._function(self._solve(meta_params, sx, sy, self.steps), qx)
-            return check_scalar(self.loss_fn(prediction, qy), "query set")
+            return self._loss(self._solve(meta_params, sx, sy, self.steps), qx, qy, "query set")
 
         return self._over_tasks(task_loss, episode, batched).mean()
 
@@ -111,7 +111,7 @@ class MAML(nn.Module):
         meta_params, steps = dict(self.named_parameters()), self._steps(steps)
 
         def task_prediction(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-            return self._function(self._solve(meta_params, sx, sy, steps), qx)
+            return second_order(self._function)(self._solve(meta_params, sx, sy, steps), qx)
 
         return self._over_tasks(task_prediction, episode, batched)
 
@@ -125,11 +125,16 @@ class MAML(nn.Module):
 
         def support_loss(params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
             fixed, x, y = context
-            return check_scalar(self.loss_fn(self._function({**fixed, **params}, x), y), "support set")
+            return self._loss({**fixed, **params}, x, y, "support set")
 
         initial = {name: theta[name] for name in self.adapted}
         final = self.adjoint.solve(support_loss, initial, (fixed, x, y), self.inner, hyper, steps)
         return {**fixed, **final}
+
+    def _loss(self, params: Params, x: Tensor, y: Tensor, what: str) -> Tensor:
+        """The loss on one set of one task, by functions that can be differentiated twice."""
+        loss = second_order(lambda: self.loss_fn(self._function(params, x), y))()
+        return check_scalar(loss, what)
 
     def _over_tasks(self, function: Callable[..., Tensor], episode: Any, batched: bool | None) -> Tensor:
         """`function` of one task on each task: stacked under a leading T, or of the one task there is."""
@@ -177,9 +182,9 @@ def _key(name: str) -> str:
 
 def _parameters(values: Params) -> nn.ParameterDict:
     """The tensors as parameters; those that are parameters already stay the same objects."""
-    return nn.ParameterDict(
-        {
-            _key(name): p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach().clone())
-            for name, p in values.items()
-        }
-    )
+    owned = {
+        _key(name): p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach().clone()) for name, p in values.items()
+    }
+    if len(set(map(id, owned.values()))) < len(values):
+        raise ValueError(f"params {sorted(values)}: the same parameter, or a name with '/' for '.', occurs twice")
+    return nn.ParameterDict(owned)

@@ -26,6 +26,7 @@ from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.replay import RandomStates, probe
+from theria.meta.second_order import second_order
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class MixedMode(Adjoint):
     ) -> Params:
         if steps == 0:
             return params
+        inner_loss = second_order(inner_loss)
         leaves, spec = pytree.tree_flatten((params, context, hyper))
         where = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         tensors = [leaves[i] for i in where]

@@ -1,9 +1,10 @@
 """Normalisation in plain operations.
 
-NOTE [PyTorch's fused norms are wrong one order up]. `F.layer_norm` and `F.batch_norm` compute their tangent from the
-saved mean and reciprocal deviation, which autograd treats as constants: `grad(jvp)` and `jvp(jvp)` through them are
-wrong without an error (PyTorch 2.13: 40 % and 114 % on random input, pytorch/pytorch#196700); `jvp(grad)` and
-`grad(grad)` are right. The composition below is right in every mode and order, and as fast for small tokens.
+NOTE [PyTorch's fused norms are wrong one order up]. `F.layer_norm` and `F.batch_norm` differentiate with the saved mean
+and reciprocal deviation, which carry no derivative once they come out of forward mode or `vmap`: `grad(jvp)`,
+`jvp(jvp)` and the gradient of `vmap(grad)` through them are wrong without an error (PyTorch 2.13: 40 %, 114 % and 39 %
+on random input, pytorch/pytorch#196700); `jvp(grad)` and `grad(grad)` are right. The composition below is right in
+every mode and order, and as fast for small tokens.
 """
 
 import torch
