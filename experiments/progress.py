@@ -81,7 +81,7 @@ class Bar:
         self.bar.update(self.task, completed=step, figures="  ".join(f"{k} {v}" for k, v in figures.items()))
 
     def say(self, message: str) -> None:
-        self.bar.console.print(message, markup=False, highlight=False)
+        self.bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress(display: Display, total: int, done: int) -> Progress:

@@ -4,7 +4,15 @@ python -m experiments.train                                the default run: 5-wa
 python -m experiments.train experiment=sinusoid_maml       one of configs/experiment
 python -m experiments.train task.ways=10 inner.steps=3     any setting by its name
 python -m experiments.train --multirun seed=0,1,2          one run after the other
-python -m experiments.train run_dir=DIR trainer.resume=true
+
+A run writes everything into its directory, outputs/<name>/<date_time> or run_dir=DIR: config.yaml (resolved),
+metrics.jsonl, checkpoints/ (the last two), pictures/, results.json, wandb/. Ctrl-C and SIGTERM write a checkpoint and
+print the command that goes on; after a kill the last periodic checkpoint stands. `trainer.resume=true run_dir=DIR`
+with the same settings goes on from DIR's newest readable checkpoint (from step 0 where there is none) to the same
+parameters, bit by bit on a CPU, as a run that was never stopped; `trainer.resume=PATH` starts from another run's
+checkpoint in a directory of its own. Only a stop by trainer.max_minutes depends on the machine.
+
+Exit status: 0; 2 for a mistake in the settings; 3 for a loss or gradient that is not finite; 130, 143 after a signal.
 """
 
 import json

@@ -220,6 +220,7 @@ class Trainer:
         self.say(f"step {self.step}: {result.text()}")
 
     def test(self) -> Evaluation:
+        self.say(f"evaluating on {self.trainer.test_episodes} test episodes")
         return self._evaluate("test", self.trainer.test_episodes)
 
     def _evaluate(self, subset: str, episodes: int) -> Evaluation:

@@ -45,6 +45,25 @@ Runner = Callable[..., Evaluation]
 Process = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cache of data sets of these tests' own, which their processes share."""
+    base = tmp_path_factory.getbasetemp()
+    path = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "theria-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THERIA_CACHE", path)
+        yield path
+
+
+@pytest.fixture
+def omniglot_root() -> Path:
+    """The folder with the real files, or a skip."""
+    root = Path(os.environ.get("THERIA_OMNIGLOT", ROOT.parent / "shared" / "data" / "omniglot"))
+    if not (root / "images_background.npz").exists():
+        pytest.skip(f"no Omniglot in {root}; set THERIA_OMNIGLOT to its folder to run this test")
+    return root
+
+
 @pytest.fixture
 def tiny() -> tuple[str, ...]:
     """Overrides of a run of 6 steps on sinusoids."""
@@ -67,11 +86,11 @@ def run_here(compose_config: Composer) -> Runner:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path, cache: str) -> dict[str, str]:
     """Of a process: the repository on its path, one thread, no key and no settings of a tracker."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA"))}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "THERIA_CACHE": _cache()}
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "THERIA_CACHE": cache}
 
 
 @pytest.fixture
@@ -85,9 +104,3 @@ def process(tmp_path: Path, environment: dict[str, str]) -> Process:
         )
 
     return start
-
-
-def _cache() -> str:
-    from theria.data.cache import cache_dir
-
-    return str(cache_dir())

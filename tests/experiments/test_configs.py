@@ -67,14 +67,15 @@ def test_every_option_builds(compose_config, group, option):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_runs(compose_config, name, tmp_path):
+def test_every_experiment_runs(compose_config, name, tmp_path, request):
     from experiments.train import train
 
     config = compose_config(*few_steps(f"experiment={name}"))
     assert config.name == name
+    build.check(config)
+    build.build_learner(config)
     if needs_data(config):
-        build.build_learner(config)
-        return
+        config.task.root = str(request.getfixturevalue("omniglot_root"))
     result = train(config, tmp_path / "run", [])
     assert result.after.n == 2
     assert (tmp_path / "run" / "config.yaml").exists()
