@@ -35,9 +35,9 @@ ORDERS = {"forward": "forward", "vjp": "backward", "jvp": "func_jvp", "double ba
 GATE = 1e-4
 
 
-def math_attention(*x: Tensor, **options: Any) -> Tensor:
+def math_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.nn.functional.scaled_dot_product_attention(*x, **options)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
 
 
 CANDIDATES: dict[str, Callable[..., Tensor]] = {
@@ -159,7 +159,8 @@ def main() -> None:
     args = parse()
     shape, dtype = tuple(int(n) for n in args.shape.split(",")), getattr(torch, args.dtype)
     if args.row:
-        print(json.dumps(measure(*args.row, shape, args.causal == "yes", dtype, args.repeats)))
+        candidate, order = args.row
+        print(json.dumps(measure(candidate, order, shape, args.causal == "yes", dtype, args.repeats)))
         return
     causal = {"no": ["no"], "yes": ["yes"], "both": ["no", "yes"]}[args.causal]
     common = ["--shape", args.shape, "--dtype", args.dtype, "--repeats", str(args.repeats)]

@@ -41,7 +41,7 @@ def graph_names(x: torch.Tensor) -> str:
 
 
 def test_without_it_pytorch_raises() -> None:
-    x = [a.float().requires_grad_() for a in make_sample(E=4).x]
+    x = make_sample(E=4).to(torch.float32).leaves()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         grads = torch.autograd.grad(F.scaled_dot_product_attention(*x).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError):
@@ -61,9 +61,9 @@ def test_it_ends_with_the_context_and_passes_the_backend() -> None:
 def test_under_func_transforms() -> None:
     s = make_sample()
 
-    def loss(*x: torch.Tensor) -> torch.Tensor:
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with higher_order():
-            return F.scaled_dot_product_attention(*x).pow(2).sum()
+            return F.scaled_dot_product_attention(q, k, v).pow(2).sum()
 
     expected = torch.func.jvp(torch.func.grad(lambda *x: sdpa(*x).pow(2).sum(), (0, 1, 2)), s.x, s.t)
     actual = torch.func.jvp(torch.func.grad(loss, (0, 1, 2)), s.x, s.t)

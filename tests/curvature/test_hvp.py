@@ -60,7 +60,7 @@ def test_a_batch_of_directions_is_the_loop(mode: Any) -> None:
 
 def test_of_a_module_through_functional_call() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
-    x, params = torch.randn(5, 3).double(), dict(model.named_parameters())
+    x, params = torch.randn(5, 3).double(), dict[str, Tensor](model.named_parameters())
     v = {name: torch.randn_like(p) for name, p in params.items()}
 
     def loss(p: dict[str, Tensor]) -> Tensor:

@@ -17,16 +17,12 @@ BACKENDS = ["reference", "custom"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def leaves(seed: int = 0, **shape: Any) -> list[Tensor]:
-    return [x.requires_grad_() for x in make_sample(seed=seed, **shape).x]
-
-
 @backends
 @pytest.mark.parametrize("mask", ["plain", "causal", "hidden_rows", "bias_per_head", "dropout_causal"])
 def test_gradcheck_in_both_modes(backend: str, mask: str) -> None:
     options = masks(3, 4)[mask] if mask != "bias_per_head" else {"attn_mask": torch.randn(1, 2, 3, 4).double()}
     attend = partial(sdpa, backend=backend, **options)
-    x = leaves(batch=(1, 2), N=3, M=4, D=2, E=3)
+    x = make_sample(batch=(1, 2), N=3, M=4, D=2, E=3).leaves()
     assert gradcheck(attend, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
     assert gradgradcheck(attend, x, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
 
@@ -34,7 +30,7 @@ def test_gradcheck_in_both_modes(backend: str, mask: str) -> None:
 @backends
 @pytest.mark.parametrize("shape", [(2, 2, 3, 4), (3, 4), (1, 2, 1, 4), (2, 1, 3, 1), (4,), ()], ids=str)
 def test_additive_mask_has_exact_gradients_to_second_order(backend: str, shape: tuple[int, ...]) -> None:
-    x = leaves(batch=(2, 2), N=3, M=4, D=2, E=3)
+    x = make_sample(batch=(2, 2), N=3, M=4, D=2, E=3).leaves()
     bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -48,7 +44,7 @@ def test_additive_mask_has_exact_gradients_to_second_order(backend: str, shape: 
 def test_grouped_queries_with_a_learned_bias(backend: str) -> None:
     sample = make_sample((2, 4), 3, 4, 2, 3, key_batch=(2, 2))
     bias = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
-    x = [a.requires_grad_() for a in sample.x]
+    x = sample.leaves()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return sdpa(q, k, v, bias, enable_gqa=True, backend=backend)
@@ -83,7 +79,7 @@ def second_gradients(sample: Any, backend: str, wanted: tuple[bool, ...]) -> tup
 @backends
 def test_under_checkpoint(backend: str) -> None:
     sample = make_sample()
-    x = [a.requires_grad_() for a in sample.x]
+    x = sample.leaves()
 
     def loss(use: bool) -> Tensor:
         attend = partial(sdpa, backend=backend)
@@ -102,7 +98,7 @@ def test_checkpoint_frees_what_the_operator_saved() -> None:
     """Nothing but the saved-tensor slots may hold the operands: a hook that drops them frees them."""
     import weakref
 
-    x = [a.requires_grad_() for a in make_sample().x]
+    x = make_sample().leaves()
     kept: list[weakref.ref] = []
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,7 +115,7 @@ def test_checkpoint_frees_what_the_operator_saved() -> None:
 def test_saved_tensors_go_through_hooks_and_are_linear_in_length() -> None:
     """Saved for backward: q, k, v, o, lse; nothing of size N·M."""
     N, M, D = 40, 50, 4
-    x = leaves(batch=(1, 1), N=N, M=M, D=D, E=D)
+    x = make_sample(batch=(1, 1), N=N, M=M, D=D, E=D).leaves()
     saved: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:
@@ -139,13 +135,14 @@ def test_saved_tensors_go_through_hooks_and_are_linear_in_length() -> None:
 @backends
 def test_strided_inputs_and_cotangents(backend: str) -> None:
     """A transposed projection and a transposed cotangent give what their contiguous copies give."""
-    q, k, v = (torch.randn(2, 6, 3, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
+    sample = make_sample((2, 6), 3, 3, 4, 4)
+    strided = [x.detach().transpose(1, 2).requires_grad_() for x in sample.x]  # (2, 3, 6, 4)
     do = torch.randn(2, 3, 4, 6, dtype=torch.float64).mT
-    copies = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    copies = [x.detach().contiguous().requires_grad_() for x in strided]
     results = []
-    for x, cotangent in (((q, k, v), do), (copies, do.contiguous())):
-        grads = torch.autograd.grad(sdpa(*x, backend=backend), x, cotangent, create_graph=True)
-        results.append(torch.autograd.grad(grads, x, copies))
+    for (q, k, v), cotangent in ((strided, do), (copies, do.contiguous())):
+        grads = torch.autograd.grad(sdpa(q, k, v, backend=backend), (q, k, v), cotangent, create_graph=True)
+        results.append(torch.autograd.grad(grads, (q, k, v), copies))
     assert difference(*results) <= CUSTOM_F64
 
 
@@ -163,7 +160,7 @@ def test_autocast_casts_the_inputs_and_nothing_inside(backend: str) -> None:
 def test_explicit_results_are_differentiable_or_raise() -> None:
     """Nothing is detached silently: one more derivative of an explicit vjp is exact, of an explicit hvp raises."""
     sample = make_sample()
-    x = [a.requires_grad_() for a in sample.x]
+    x = sample.leaves()
     grads = sdpa_vjp(*x, sample.do, backend="custom")
     twice = torch.autograd.grad(grads, x, sample.t)
     assert difference(twice, sdpa_hvp(*sample.x, sample.do, *sample.t, backend="reference")) <= CUSTOM_F64

@@ -1,6 +1,7 @@
 """Each claim of the capability table, tested both ways: what is claimed works, what is not raises."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_the_table_names_every_backend_once() -> None:
 @pytest.mark.parametrize(("dtype", "width"), list(itertools.product(DTYPES, WIDTHS)), ids=str)
 def test_dtypes_and_widths(backend: str, dtype: torch.dtype, width: int) -> None:
     can = CAPABILITIES[backend]
-    x = [torch.randn(1, 2, 3, width).to(dtype) for _ in range(3)]
+    x = make_sample((1, 2), 3, 3, width, width).to(dtype).x
     claimed = (
         can.missing() is None
         and (can.devices is None or "cpu" in can.devices)
@@ -43,9 +44,7 @@ def test_dtypes_and_widths(backend: str, dtype: torch.dtype, width: int) -> None
 def test_orders_and_mask_gradients(backend: str) -> None:
     can, sample = CAPABILITIES[backend], make_sample()
 
-    def attend(*x: torch.Tensor) -> torch.Tensor:
-        return sdpa(*x, backend=backend)
-
+    attend = partial(sdpa, backend=backend)
     if can.max_order is None:
         assert third_order(attend, sample)[0].isfinite().all()
     else:
@@ -72,5 +71,4 @@ def test_explain_names_the_choice_and_the_reasons() -> None:
 
 
 def test_explain_computes_nothing() -> None:
-    x = [torch.empty(2, 3, 5, 4, device="meta") for _ in range(3)]
-    assert explain(*x).backend == "custom"
+    assert explain(*make_sample().to(device="meta").x).backend == "custom"

@@ -36,22 +36,18 @@ def _as_tuple(x: Any) -> Results:
     return tuple(tree_leaves(x))
 
 
-def _leaves(s: Sample) -> tuple[Tensor, ...]:
-    return tuple(x.detach().clone().requires_grad_() for x in s.x)
-
-
 def forward(attend: Attend, s: Sample) -> Results:
     return (attend(*s.x, **s.options),)
 
 
 def backward(attend: Attend, s: Sample) -> Results:
-    x = _leaves(s)
+    x = s.leaves()
     return torch.autograd.grad(attend(*x, **s.options), x, s.do)
 
 
 def double_backward(attend: Attend, s: Sample) -> Results:
     """Cotangents of (dQ, dK, dV) to gradients of Q, K, V and dO, through autograd."""
-    x, do = _leaves(s), s.do.clone().requires_grad_()
+    x, do = s.leaves(), s.do.clone().requires_grad_()
     grads = torch.autograd.grad(attend(*x, **s.options), x, do, create_graph=True)
     return torch.autograd.grad(grads, (*x, do), s.t)
 

@@ -32,6 +32,11 @@ class Sample:
     options: dict[str, Any] = field(default_factory=dict)
     name: str = ""
 
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of ``x`` that require grad."""
+        q, k, v = (a.detach().clone().requires_grad_() for a in self.x)
+        return q, k, v
+
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Sample:
         """The same call with floating tensors in another dtype, or on another device."""
 
