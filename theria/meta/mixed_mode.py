@@ -134,12 +134,14 @@ class _InnerLoop(torch.autograd.Function):
         trajectory = output[loop.n_params :]
         ctx.loop = loop
         ctx.mark_non_differentiable(*trajectory)
+        ctx.set_materialize_grads(False)  # zeros for the trajectory would double its memory
         ctx.save_for_backward(*tensors, *trajectory)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = tuple(ctx.needs_input_grad[1:])
-        final = cotangents[: ctx.loop.n_params]
+        given = zip(cotangents[: ctx.loop.n_params], ctx.saved_tensors, strict=False)  # the parameters come first
+        final = [torch.zeros_like(p) if cotangent is None else cotangent for cotangent, p in given]
         gradients = iter(_ReverseSweep.apply(ctx.loop, needed, *final, *ctx.saved_tensors))  # type: ignore[arg-type]
         return None, *(next(gradients) if need else None for need in needed)
 
