@@ -416,17 +416,23 @@ def test_packages_that_do_not_import_are_an_error(machine: Machine) -> None:
     assert machine.phase == "stopped"
 
 
-def test_a_second_run_waits_for_the_first(machine: Machine, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_waits_for_the_first_and_uses_what_it_made(
+    machine: Machine, capfd: pytest.CaptureFixture[str]
+) -> None:
     machine.venv.mkdir()
     second = threading.Thread(target=machine.prepare)
     with open(machine.venv / "theria.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         second.start()
-        said = wait_for(lambda: capfd.readouterr().err)
-        assert "another run is preparing" in said
-        assert machine.created == 0
+        assert "another run is preparing" in wait_for(lambda: capfd.readouterr().err)
+        second.join(0.5)
+        assert second.is_alive()
+        machine.stub()  # what the first run made
+        machine.module.Environment(machine.venv, frozenset({"dev"}), "cpu").write_state("ready")
     second.join(30)
-    assert machine.phase == "ready"
+    assert not second.is_alive()
+    assert machine.calls == []
+    assert machine.created == 0
 
 
 def wait_for(read: Callable[[], str], seconds: float = 30.0) -> str:
