@@ -15,8 +15,7 @@ def plain_gradient(loss: Callable[[Any], Tensor], tree: Any) -> Any:
     freed as soon as the backward is past it.
     """
     value, pull = torch.func.vjp(loss, tree)[:2]
-    # create_graph: without it the engine adds in place, which the zero tangents of forward mode refuse.
-    (gradient,) = pull(torch.ones_like(value), retain_graph=False, create_graph=True)
+    (gradient,) = pull(torch.ones_like(value), retain_graph=False, create_graph=False)
     return gradient
 
 
