@@ -172,7 +172,8 @@ def build_learner(config: Config) -> Learner:
         else:
             learner = _maml(config, model)
     except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
+        hint = "; learner=maml adapts all parameters" if str(error).startswith("adapt=") else ""
+        raise UserError(f"{error}{hint}") from error
     return learner.to(device(config))
 
 

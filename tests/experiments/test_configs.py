@@ -17,11 +17,12 @@ GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir() a
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 # What an option of a group needs beside it to make a run that fits together.
 WITH = {
-    ("model", "mlp"): ["task=sinusoid"],
+    ("model", "mlp"): ["task=sinusoid", "learner=maml"],
+    ("model", "convnet"): ["learner=maml"],
     ("model", "incontext"): ["learner=incontext"],
     ("learner", "incontext"): ["model=incontext"],
-    ("task", "sinusoid"): ["model=mlp"],
-    ("task", "linear_regression"): ["model=mlp"],
+    ("task", "sinusoid"): ["model=mlp", "learner=maml"],
+    ("task", "linear_regression"): ["model=mlp", "learner=maml"],
 }
 
 
@@ -143,6 +144,7 @@ def test_a_wrong_value_names_what_is_needed(compose_config, override, needed):
         (["model.d_model=10", "model.n_heads=4"], "10"),
         (["model.stem=pach"], "pach"),
         (["inner.lr=-1"], "-1"),
+        (["model=convnet"], "learner=maml adapts all"),
     ],
 )
 def test_what_cannot_work_together_is_refused_before_any_work(compose_config, overrides, words):
@@ -171,7 +173,7 @@ def test_a_configuration_survives_its_checkpoint(compose_config):
 
 def test_the_seed_decides_the_parameters(compose_config):
     def parameters(seed: int) -> torch.Tensor:
-        learner = build.build_learner(compose_config("task=sinusoid", "model=mlp", f"seed={seed}"))
+        learner = build.build_learner(compose_config("task=sinusoid", "model=mlp", "learner=maml", f"seed={seed}"))
         return torch.nn.utils.parameters_to_vector(learner.parameters())
 
     assert torch.equal(parameters(1), parameters(1))
