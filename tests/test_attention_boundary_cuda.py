@@ -10,11 +10,7 @@ from tests.tolerances import CUSTOM_F64
 from theria.ops import sdpa
 from theria.testing import COMPOSITIONS, DIRECTIONAL, compare, difference, make_sample
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # torch says so when the autograd thread is the first to use cuBLAS
-    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 backends = pytest.mark.parametrize("backend", ["reference", "custom", "auto"])
 truth = partial(sdpa, backend="reference")
 

@@ -11,5 +11,7 @@ FINITE_DIFFERENCE_F64 = 1e-7
 # hvp_fd_vjp with its own step: (ε^(1/3))² in units of the third derivative.
 HVP_FD_F64 = 1e-8
 HVP_FD_F32 = 2e-3
+# Hugging Face's eager attention computes its softmax in float32, also in a float64 model.
+EAGER_SOFTMAX_F32 = 1e-6
 # Two meta-gradients of an attention model after up to 20 inner steps, float64: rounding grown by 20 Hessians.
 META_GRADIENT_F64 = 1e-10

@@ -1,5 +1,6 @@
 """The `higher` library as another engine for the unrolled inner loop (Grefenstette et al. 2019, arXiv 1910.01727)."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,7 +76,9 @@ class _AsModule(nn.Module):
 
 def _import_higher() -> Any:
     try:
-        import higher
+        with warnings.catch_warnings():  # its docstrings have escapes that Python 3.12 warns about
+            warnings.simplefilter("ignore", SyntaxWarning)
+            import higher
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             'adjoint=Higher() needs the `higher` library: pip install -e ".[experiments]", or use adjoint=Unrolled()'
