@@ -147,7 +147,7 @@ def main() -> None:
     rows = []
     for name in names:
         command = [sys.executable, __file__, *sys.argv[1:], "--row", name]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append({**json.loads(out.splitlines()[-1]), "difference": differences[name]})
     facts = machine(options)
     print("  ".join(f"{key}: {value}" for key, value in facts.items()))
