@@ -4,6 +4,7 @@ import builtins
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_a_failure_in_the_middle_ends_tracking_not_the_run(tmp_path):
 
 def test_wandb_is_imported_only_where_it_is_used():
     code = "import sys, experiments.train, experiments.evaluate; sys.exit('wandb' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
