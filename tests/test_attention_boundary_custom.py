@@ -8,7 +8,17 @@ import torch
 from tests.boundary import LAW_CASES, SAMPLES, ids
 from tests.tolerances import CUSTOM_F64, LAW_F64
 from theria.ops import sdpa, sweep
-from theria.testing import COMPOSITIONS, DIRECTIONAL, LAWS, Sample, compare, difference, make_sample, third_order
+from theria.testing import (
+    COMPOSITIONS,
+    DIRECTIONAL,
+    LAWS,
+    Sample,
+    chained,
+    compare,
+    difference,
+    make_sample,
+    third_order,
+)
 
 attend = partial(sdpa, backend="custom")
 truth = partial(sdpa, backend="reference")
@@ -26,6 +36,13 @@ def test_composition_equals_the_reference(composition: str) -> None:
     for sample in SAMPLES if composition in DIRECTIONAL else SAMPLES[:2]:
         compose = COMPOSITIONS[composition]
         assert difference(compose(attend, sample), compose(truth, sample)) <= CUSTOM_F64, sample.name
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_composition_through_two_calls(composition: str) -> None:
+    sample = make_sample((2, 2), 5, 5, 4, 4, options={"is_causal": True})
+    compose = COMPOSITIONS[composition]
+    assert difference(compose(chained(attend), sample), compose(chained(truth), sample)) <= CUSTOM_F64
 
 
 @pytest.mark.parametrize("composition", ["double_backward", "forward_over_reverse", "forward_over_forward"])

@@ -7,7 +7,17 @@ import pytest
 from tests.boundary import LAW_CASES, SAMPLES, WITH_TRUTH, ids
 from tests.tolerances import LAW_F64, REFERENCE_F64
 from theria.ops import sdpa
-from theria.testing import COMPOSITIONS, DIRECTIONAL, LAWS, Sample, difference, naive_attention, third_order
+from theria.testing import (
+    COMPOSITIONS,
+    DIRECTIONAL,
+    LAWS,
+    Sample,
+    chained,
+    difference,
+    make_sample,
+    naive_attention,
+    third_order,
+)
 
 attend = partial(sdpa, backend="reference")
 
@@ -18,6 +28,13 @@ def test_composition_equals_autograd_of_the_naive_formula(composition: str) -> N
         compose = COMPOSITIONS[composition]
         error = difference(compose(attend, sample), compose(naive_attention, sample))
         assert error <= REFERENCE_F64, sample.name
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_composition_through_two_calls(composition: str) -> None:
+    sample = make_sample((2, 2), 5, 5, 4, 4, options={"is_causal": True})
+    compose = COMPOSITIONS[composition]
+    assert difference(compose(chained(attend), sample), compose(chained(naive_attention), sample)) <= REFERENCE_F64
 
 
 @pytest.mark.parametrize(("law", "sample"), LAW_CASES, ids=ids)

@@ -3,7 +3,7 @@
 from theria.testing.comparison import Comparison, compare
 from theria.testing.compositions import COMPOSITIONS, DIRECTIONAL, third_order
 from theria.testing.laws import LAWS, applies, difference
-from theria.testing.samples import Sample, make_sample, masks, naive_attention, standard_samples
+from theria.testing.samples import Sample, chained, make_sample, masks, naive_attention, standard_samples
 
 __all__ = [
     "COMPOSITIONS",
@@ -12,6 +12,7 @@ __all__ = [
     "Comparison",
     "Sample",
     "applies",
+    "chained",
     "compare",
     "difference",
     "make_sample",

@@ -121,6 +121,20 @@ def standard_samples() -> Iterator[Sample]:
     yield make_sample((2, 3), key_batch=(1, 3), seed=6, name="broadcast_batch")
 
 
+def chained(attend: Attend) -> Attend:
+    """Two calls, the second on what the first gives: derivatives pass from one into the other, as between layers.
+
+    Some of PyTorch's nested transforms are right through one ``autograd.Function`` and wrong through two. For samples
+    with N = M and D = E.
+    """
+
+    def twice(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        x = attend(1.5 * query, key.sin(), value, **options)
+        return attend(x, 0.5 * x + key, x * value, **options)
+
+    return twice
+
+
 def naive_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Attention as one would first write it, with autograd for every derivative: the truth of the chain.
 
