@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -71,6 +72,23 @@ def test_of_a_module_through_functional_call() -> None:
     for mode in MODES:
         product = theria.hvp(loss, params, v, mode=mode)  # type: ignore[arg-type]
         assert difference(list(product.values()), expected) <= CUSTOM_F64
+
+
+@modes
+@pytest.mark.parametrize("kind", ["layer_norm", "batch_norm", "mse_loss", "huber_loss"])
+def test_pytorchs_own_norms_and_losses_are_right_in_every_mode(mode: Any, kind: str) -> None:
+    """Alone, some of these are wrong without an error over forward mode, or have no such derivative."""
+    x, v, y = torch.randn(3, 4, 5, dtype=torch.float64)
+
+    def loss(p: Tensor) -> Tensor:
+        if kind.endswith("norm"):
+            normed = F.layer_norm(p, (5,)) if kind == "layer_norm" else F.batch_norm(p, None, None, training=True)
+            return (normed * y).sin().sum()
+        return getattr(F, kind)(p.sin(), y)
+
+    (gradient,) = torch.autograd.grad(loss(p := x.clone().requires_grad_()), p, create_graph=True)
+    (expected,) = torch.autograd.grad(gradient, p, v)  # reverse over reverse without vmap is right in PyTorch
+    assert difference([theria.hvp(loss, x, v, mode=mode)], [expected]) <= CUSTOM_F64
 
 
 def test_errors_come_before_any_work() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
+from theria.curvature.second_order import second_order
+
 Mode = Literal["forward_over_reverse", "reverse_over_reverse", "reverse_over_forward"]
 
 
@@ -24,7 +26,8 @@ def hvp(
     """H v, with H the Hessian of ``loss_fn`` at ``params``, without forming H.
 
     The modes are three orders of the same two derivatives and agree to rounding (Pearlmutter, "Fast exact
-    multiplication by the Hessian", Neural Computation 1994):
+    multiplication by the Hessian", Neural Computation 1994). PyTorch's fused norms and two of its losses, whose second
+    derivatives are wrong or missing in some of them, are mended inside (:mod:`theria.curvature.second_order`):
 
     - ``"forward_over_reverse"``: ∂/∂ε ∇loss(p + εv). The cheapest in time and memory.
     - ``"reverse_over_reverse"``: ∇⟨∇loss(p), v⟩, the double backward.
@@ -51,7 +54,7 @@ def hvp(
     batched = _check_direction(params, v)
 
     def scalar_loss(p: Any) -> Tensor:
-        loss = loss_fn(p)
+        loss = second_order(loss_fn)(p)
         if not isinstance(loss, Tensor) or loss.ndim:
             given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn returned {given}; a scalar tensor is needed. Reduce it, e.g. by .mean().")

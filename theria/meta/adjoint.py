@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from theria.curvature.second_order import second_order
 from theria.meta.constant import constant, plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
-from theria.meta.second_order import second_order
 
 Context = Any  # a pytree of tensors: everything else the inner loss depends on
 InnerLoss = Callable[[Params, Context], Tensor]
@@ -38,7 +38,7 @@ class Adjoint(ABC):
 
         Args:
             inner_loss: (params, context) -> scalar; pure, and without tensors from outside that need a gradient.
-                It runs inside `theria.meta.second_order`, which mends what PyTorch gets wrong there.
+                It runs inside `theria.curvature.second_order`, which mends what PyTorch gets wrong there.
             params: what is adapted, by name.
             context: a pytree with every other differentiable input (data, parameters that are not adapted).
             optimiser: makes the updates, from `optimiser.init(params)`.

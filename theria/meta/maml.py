@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, FirstOrder, Unrolled
 from theria.meta.checks import Adapt, check_scalar, check_steps, check_support, is_batched, select
 from theria.meta.functional import Predictor, pure_function
 from theria.meta.optimisers import SGD, InnerOptimiser, Params
-from theria.meta.second_order import second_order
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.replay import RandomStates, probe
-from theria.meta.second_order import second_order
 
 
 @dataclass(frozen=True)

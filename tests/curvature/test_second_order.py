@@ -7,8 +7,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 
+from theria.curvature.second_order import second_order
 from theria.meta import MAML, SGD, Higher, MixedMode, Unrolled
-from theria.meta.second_order import second_order
 
 EXACT = 1e-10  # float64, the same derivative in another order of sums
 
