@@ -128,8 +128,7 @@ def build_sources(config: Config) -> dict[str, TaskSource]:
 def build_dataset(task: FewShotConfig, subset: str) -> ClassDataset:
     match task:
         case GlyphsConfig():
-            glyphs = data.load_glyphs(subset)
-            return glyphs.with_rotations() if task.rotations and subset == "train" else glyphs
+            return data.load_glyphs(subset)
         case DigitsConfig():
             return data.load_digits(subset)
         case OmniglotConfig():

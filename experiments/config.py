@@ -31,7 +31,6 @@ class GlyphsConfig(FewShotConfig):
     """Characters rendered from matplotlib's typefaces; test classes come from scripts never trained on."""
 
     name: str = "glyphs"
-    rotations: bool = False  # training classes also turned by 90, 180 and 270 degrees, as classes of their own
 
 
 @dataclass
