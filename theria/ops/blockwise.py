@@ -32,7 +32,7 @@ def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         if (keep := sweep.keep(rows, cols)) is not None:
             weight = mul(weight, keep)
         row = cut(o, rows)
-        row += matmul(weight, cut(sweep.v, cols))
+        matmul(weight, cut(sweep.v, cols), into=row)
         row /= total.masked_fill_(total == 0, 1.0)
     return o.to(sweep.out_dtype), lse
 
@@ -65,10 +65,10 @@ def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec)
             W = mul(tS, b.P)
             tau_b = W.sum(-1, keepdim=True)
             cut(tau, b.rows, -1).copy_(tau_b.squeeze(-1))
-            row += matmul(b.dropped(W), cut(sweep.v, b.cols))
+            matmul(b.dropped(W), cut(sweep.v, b.cols), into=row)
             row -= tau_b * sweep.read(cut(o, b.rows))
         if t.v is not None:
-            row += matmul(b.dropped(b.P), sweep.read(cut(t.v, b.cols)))
+            matmul(b.dropped(b.P), sweep.read(cut(t.v, b.cols)), into=row)
     return to.to(sweep.out_dtype), tau
 
 
@@ -117,8 +117,7 @@ def _centred_tdP(sweep: Sweep, b: Block, t: Tangents, do: Tensor, tdo: Tensor | 
     """tdP − tdelta (14)-(15) of a block."""
     tdP = None if t.v is None else matmul(do, sweep.read(cut(t.v, b.cols)).mT)
     if tdo is not None:
-        other = matmul(tdo, cut(sweep.v, b.cols).mT)
-        tdP = other if tdP is None else add(tdP, other)
+        tdP = matmul(tdo, cut(sweep.v, b.cols).mT, into=tdP)
     return -tdelta if tdP is None else sub(b.dropped(tdP), tdelta)
 
 
@@ -150,11 +149,11 @@ def jvp_jvp(
         )
         if present := [part for part in parts if part is not None]:
             X = mul(reduce(add, present), b.P)
-            row += matmul(b.dropped(X), cut(sweep.v, b.cols))
+            matmul(b.dropped(X), cut(sweep.v, b.cols), into=row)
             row -= X.sum(-1, keepdim=True) * sweep.read(cut(o, b.rows))
         for weight, tv in ((U1, t2.v), (U2, t1.v)):
             if weight is not None and tv is not None:
-                row += matmul(b.dropped(b.P * weight), sweep.read(cut(tv, b.cols)))
+                matmul(b.dropped(b.P * weight), sweep.read(cut(tv, b.cols)), into=row)
         if t12.v is not None:
-            row += matmul(b.dropped(b.P), sweep.read(cut(t12.v, b.cols)))
+            matmul(b.dropped(b.P), sweep.read(cut(t12.v, b.cols)), into=row)
     return tto.to(sweep.out_dtype)
