@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import theria
 from theria.ops import sdpa
 from theria.testing import COMPOSITIONS, difference, make_sample, naive_attention
+from theria.testing.machine import machine
 
 ORDERS = {"forward": "forward", "vjp": "backward", "jvp": "func_jvp", "double backward": "double_backward"}
 # Against float64 on a small problem; far above float32 rounding, far below any wrong formula.
@@ -105,22 +104,6 @@ def measure(name: str, order: str, shape: tuple[int, ...], causal: bool, dtype: 
         "median_s": statistics.median(times),
         "times_s": times,
         "peak_extra_bytes": resident("VmHWM") - before,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "theria": theria.__version__,
     }
 
 

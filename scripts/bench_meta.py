@@ -10,7 +10,6 @@ time. On CUDA (`--device cuda`) the allocator's peak is reported instead.
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from theria.meta import MAML, SGD, Adjoint, FirstOrder, Higher, MixedMode, Unrolled
 from theria.nn import TransformerClassifier
+from theria.testing.machine import machine
 from theria.testing.memory import PeakMemory
 
 ADJOINTS: dict[str, Adjoint] = {
@@ -98,17 +98,6 @@ def check(options: argparse.Namespace, names: list[str]) -> dict[str, float]:
     return differences
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "processor": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
-        "architecture": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "command": "python scripts/bench_meta.py " + " ".join(sys.argv[1:]),
-    }
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     base = next(row for row in rows if row["adjoint"] == "unrolled")
     print(f"{'adjoint':<12}{'peak MiB':>10}{'of unrolled':>12}{'RSS + MiB':>11}{'median s':>10}{'difference':>12}")
@@ -149,7 +138,7 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--row", name]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append({**json.loads(out.splitlines()[-1]), "difference": differences[name]})
-    facts = machine(options)
+    facts = {"command": "python scripts/bench_meta.py " + " ".join(sys.argv[1:]), **machine()}
     print("  ".join(f"{key}: {value}" for key, value in facts.items()))
     show(rows)
     if options.out:

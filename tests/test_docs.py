@@ -125,6 +125,14 @@ HOW: dict[str, Check] = {
     ),
     "bash scripts/train.sh adjoint=mixed_mode ops=reference": composes("adjoint=mixed_mode", "ops=reference"),
     "bash scripts/train.sh experiment=sinusoid_maml": composes("experiment=sinusoid_maml"),
+    "bash scripts/train.sh experiment=omniglot_maml task.root=OMNIGLOT_FOLDER": composes(
+        "experiment=omniglot_maml", "task.root=OMNIGLOT_FOLDER"
+    ),
+    # the figures of docs/benchmarks; each script has a test that runs it in small
+    "python scripts/bench.py --repeats 5 --out docs/benchmarks/operator_cpu.json": names("scripts/bench.py"),
+    "python scripts/bench_meta.py --threads 2 --out docs/benchmarks/outer_gradient_cpu.json": names(
+        "scripts/bench_meta.py"
+    ),
     "bash scripts/test.sh": names("scripts/test.sh"),  # this test is a part of it; its steps: tests/test_scripts.py
     "bash scripts/test.sh tests/ops -k causal": runs_test_command("tests/ops", "-k", "causal"),
     "pip install -e .": installs(),
