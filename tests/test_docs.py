@@ -125,6 +125,12 @@ HOW: dict[str, Check] = {
     ),
     "bash scripts/train.sh adjoint=mixed_mode ops=reference": composes("adjoint=mixed_mode", "ops=reference"),
     "bash scripts/train.sh experiment=sinusoid_maml": composes("experiment=sinusoid_maml"),
+    "bash scripts/train.sh run_dir=outputs/mine": composes("run_dir=outputs/mine"),
+    "bash scripts/train.sh run_dir=outputs/mine trainer.resume=true": composes(
+        "run_dir=outputs/mine", "trainer.resume=true"
+    ),
+    # tests/experiments/test_processes.py evaluates a real run
+    ".venv/bin/python -m experiments.evaluate checkpoint=outputs/mine": names("experiments/evaluate.py"),
     "bash scripts/train.sh experiment=omniglot_maml task.root=OMNIGLOT_FOLDER": composes(
         "experiment=omniglot_maml", "task.root=OMNIGLOT_FOLDER"
     ),

@@ -1,5 +1,7 @@
 """Existing models, unchanged, inside ``higher_order``."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,21 @@ def test_it_ends_with_the_context_and_passes_the_backend() -> None:
     with higher_order(backend="triton"), pytest.raises(UnsupportedError):
         F.scaled_dot_product_attention(*x)
     assert F.scaled_dot_product_attention(*x).shape == inside.shape
+
+
+def test_nested_and_concurrent_contexts_leave_no_trace() -> None:
+    original, x = F.scaled_dot_product_attention, make_sample().x
+    reference = sdpa(*x, backend="reference")
+    outside: list[torch.Tensor] = []
+    with higher_order(backend="custom"):
+        with higher_order(backend="reference"):
+            assert F.scaled_dot_product_attention(*x).equal(reference)
+            other = threading.Thread(target=lambda: outside.append(F.scaled_dot_product_attention(*x)))
+            other.start()
+            other.join()
+        assert F.scaled_dot_product_attention(*x).equal(sdpa(*x, backend="custom"))
+    assert F.scaled_dot_product_attention is original
+    assert outside[0].equal(original(*x))  # another thread is not inside
 
 
 def test_under_func_transforms() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -40,27 +41,45 @@ def higher_order(backend: str = "auto") -> Iterator[None]:
         ...     loss = model(x).sum()
     """
     resolve(backend)
-    _install()
-    token = _backend.set(backend)
-    try:
-        yield
-    finally:
-        _backend.reset(token)
+    with _router:
+        token = _backend.set(backend)
+        try:
+            yield
+        finally:
+            _backend.reset(token)
 
 
-def _install() -> None:
-    """Put the router in the place of the function, once; outside every context it passes calls through."""
-    original = F.scaled_dot_product_attention
-    if getattr(original, "routes_to_theria", False):
-        return
+class _Router:
+    """Stands in the place of the function while any thread is inside a context, and passes other threads' calls on."""
 
-    @functools.wraps(original)
-    def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
-        backend = _backend.get()
-        return original(*args, **kwargs) if backend is None else sdpa(*args, **kwargs, backend=backend)
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._original = F.scaled_dot_product_attention
 
-    scaled_dot_product_attention.routes_to_theria = True  # type: ignore[attr-defined]
-    F.scaled_dot_product_attention = scaled_dot_product_attention
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._original = F.scaled_dot_product_attention
+                F.scaled_dot_product_attention = self._route(self._original)
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                F.scaled_dot_product_attention = self._original
+
+    @staticmethod
+    def _route(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(original)
+        def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+            backend = _backend.get()
+            return original(*args, **kwargs) if backend is None else sdpa(*args, **kwargs, backend=backend)
+
+        return scaled_dot_product_attention
+
+
+_router = _Router()
 
 
 def _hf_attention(
