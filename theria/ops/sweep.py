@@ -194,7 +194,7 @@ class Sweep:
             tS = matmul(cut(self.q, b.rows), self.read(cut(t.k, b.cols)).mT, alpha=scale, into=tS)
         if t.mask is not None:
             tZ = self.read(mask_block(t.mask, b.rows, b.cols))
-            tS = tZ.expand(b.P.shape).clone() if tS is None else add(tS, tZ)
+            tS = tZ.expand(torch.broadcast_shapes(tZ.shape, b.P.shape)).clone() if tS is None else add(tS, tZ)
         return tS
 
     def cross_tangent(self, t1: Tangents, t2: Tangents, b: Block) -> Tensor | None:
