@@ -19,38 +19,22 @@ from torch import Tensor
 
 from theria.ops import autograd, checks, reference
 from theria.ops.operands import Shapes, Tangents, batch_shape
-from theria.ops.sdpa import Prepared, prepare
+from theria.ops.sdpa import prepare
 
 # One tangent per operand, None for zero: (query, key, value) or (query, key, value, attn_mask).
 Direction = Sequence[Tensor | None]
-
-
-def _prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    seed: int | Tensor | None = None,
-    backend: str = "auto",
-) -> Prepared:
-    if dropout_p > 0.0 and seed is None:
-        raise checks.ArgumentError(
-            f"dropout_p is {dropout_p} and seed is None; an explicit derivative must replay the mask of its forward. "
-            f"Pass the same seed to every function."
-        )
-    return prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed, backend)
 
 
 class _Call:
     """One explicit call: the caller's operands, their canonical form and the rules that compute it."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
-        call = _prepare(query, key, value, **options)
+        if options.get("dropout_p", 0.0) > 0.0 and options.get("seed") is None:
+            raise checks.ArgumentError(
+                f"dropout_p is {options['dropout_p']} and seed is None; an explicit derivative must replay the mask of "
+                f"its forward. Pass the same seed to every function."
+            )
+        call = prepare(query, key, value, **options)
         self.layout, self.ops, self.spec = call.layout, call.ops, call.spec
         self.rules: ModuleType = reference if call.spec.backend == "reference" else autograd
         self.operands = (query, key, value, options.get("attn_mask"))

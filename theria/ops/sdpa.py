@@ -57,13 +57,14 @@ def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    seed: int | Tensor | None,
-    backend: str,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
 ) -> Prepared:
     """Check a call, choose its backend and bring it into canonical form."""
     checks.check_inputs(query, key, value, attn_mask, enable_gqa)
@@ -133,7 +134,18 @@ def sdpa(
     """
     if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query, key, value)  # type: ignore[assignment]
-    call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed, backend)
+    call = prepare(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        seed=seed,
+        backend=backend,
+    )
     if call.spec.backend == "reference":
         o, _ = reference.forward(call.ops, call.spec)
     else:
