@@ -102,10 +102,21 @@ def _check_direction(params: Any, v: Any) -> bool:
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             given = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"params and v must hold floating tensors; given {given}.")
+    for x, t in zip(leaves, directions, strict=True):
+        if x.dtype != t.dtype:
+            raise TypeError(
+                f"v must have the dtypes of params; given {t.dtype} for {x.dtype}. Convert it: .to(x.dtype)."
+            )
     if all(t.shape == x.shape for x, t in zip(leaves, directions, strict=True)):
         return False
     sizes = {t.shape[0] for t in directions if t.ndim}
-    if len(sizes) == 1 and all(t.shape[1:] == x.shape and t.ndim for x, t in zip(leaves, directions, strict=True)):
+    if (
+        len(sizes) == 1
+        and 0 not in sizes
+        and all(t.shape[1:] == x.shape and t.ndim for x, t in zip(leaves, directions, strict=True))
+    ):
         return True
     shapes = tree_map(lambda x: tuple(x.shape), v), tree_map(lambda x: tuple(x.shape), params)
-    raise ValueError(f"v has shapes {shapes[0]}; needed are {shapes[1]}, or those with one more dimension K in front.")
+    raise ValueError(
+        f"v has shapes {shapes[0]}; needed are {shapes[1]}, or those with one more dimension K ≥ 1 in front."
+    )

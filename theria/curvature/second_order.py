@@ -28,7 +28,10 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.layer_norm`."""
+    """`F.layer_norm`; shapes that do not fit are left to its own errors."""
+    shapes = [tuple(x.shape) for x in (weight, bias) if x is not None] + [tuple(input.shape[-len(normalized_shape) :])]
+    if any(shape != tuple(normalized_shape) for shape in shapes):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     dims = tuple(range(-len(normalized_shape), 0))
     return _affine(input, dims, weight, bias, eps)
 
@@ -44,7 +47,7 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.batch_norm`; with running statistics it is the fused one: affine in evaluation, in training it writes them."""
-    if running_mean is not None or not training:
+    if running_mean is not None or not training or input.ndim < 2 or input[:, 0].numel() < 2:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _affine(input, (0, *range(2, input.ndim)), *_per_channel(input, weight, bias), eps)
 
@@ -60,7 +63,7 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.instance_norm`; with running statistics it is the fused one."""
-    if running_mean is not None or not use_input_stats:
+    if running_mean is not None or not use_input_stats or input.ndim < 3 or input[0, 0].numel() < 2:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return _affine(input, tuple(range(2, input.ndim)), *_per_channel(input, weight, bias), eps)
 

@@ -37,11 +37,16 @@ from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
 RULES = {"custom": blockwise}  # the modules that implement forward, vjp, jvp, hvp and jvp_jvp
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device (some, such as meta, do not know it)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _call(name: str, spec: AttentionSpec, *args: Any) -> Any:
     """Run a rule. Its dtypes are its own business: autocast must not reach into it."""
     rule = getattr(RULES[spec.backend], name)
     device = next(x.device.type for x in args[0] if x is not None)
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         with torch.autocast(device, enabled=False):
             return rule(*args)
     return rule(*args)

@@ -108,7 +108,7 @@ def check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"enable_gqa=True needs a head dimension; {name} has shape {tuple(x.shape)}, and "
                 f"(..., H, length, width) is needed."
             )
-        if query.shape[-3] % max(x.shape[-3], 1):
+        if query.shape[-3] % x.shape[-3] if x.shape[-3] else query.shape[-3]:
             raise ArgumentError(
                 f"enable_gqa=True needs the number of query heads to be a multiple of {name}'s; given "
                 f"{query.shape[-3]} and {x.shape[-3]} (dimension -3)."
@@ -122,14 +122,20 @@ def check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
         ) from None
 
 
+def batch_of_scores(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """Leading dimensions of the scores of checked operands."""
+    if enable_gqa:
+        return (*torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value))), query.shape[-3])
+    return torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+
+
 def check_mask(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise DtypeError(
             f"attn_mask has dtype {mask.dtype}; torch.bool (True attends), {query.dtype} (as query) or torch.float32 "
             f"is needed. Convert it: attn_mask.to(query.dtype) or attn_mask.bool()."
         )
-    lead = query.shape[:-2] if enable_gqa else torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
-    scores = (*lead, query.shape[-2], key.shape[-2])
+    scores = (*batch_of_scores(query, key, value, enable_gqa), query.shape[-2], key.shape[-2])
     try:
         fits = torch.broadcast_shapes(mask.shape, scores) == torch.Size(scores)
     except RuntimeError:
@@ -154,12 +160,23 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
         raise ArgumentError(f"seed is {seed}; an integer that fits 64 bits is needed.")
 
 
+def check_scale(scale: float | None) -> None:
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise DtypeError(
+            f"scale is a {type(scale).__name__}; a float is needed. To differentiate with respect to a scale, multiply "
+            f"query by it and pass scale=1.0."
+        )
+
+
 def check_like(name: str, x: Tensor | None, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> None:
-    """A tangent or cotangent must look like what it belongs to."""
-    if x is None:
-        return
+    """A tangent or cotangent, where there is one, must look like what it belongs to."""
+    if x is not None:
+        require_like(name, x, shape, dtype)
+
+
+def require_like(name: str, x: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> None:
     if not isinstance(x, Tensor):
-        raise DtypeError(f"{name} is a {type(x).__name__}; a torch.Tensor or None is needed.")
+        raise DtypeError(f"{name} is a {type(x).__name__}; a torch.Tensor of shape {tuple(shape)} is needed.")
     if x.shape != torch.Size(shape):
         raise ArgumentError(f"{name} has shape {tuple(x.shape)}; {tuple(shape)} is needed.")
     if x.dtype != dtype:

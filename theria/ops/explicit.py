@@ -20,12 +20,13 @@ from torch import Tensor
 from theria.ops import autograd, checks, reference
 from theria.ops.operands import Shapes, Tangents, batch_shape
 from theria.ops.sdpa import prepare
+from theria.ops.sweep import compute_dtype
 
 # One tangent per operand, None for zero: (query, key, value) or (query, key, value, attn_mask).
 Direction = Sequence[Tensor | None]
 
 
-class _Call:
+class ExplicitCall:
     """One explicit call: the caller's operands, their canonical form and the rules that compute it."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
@@ -35,6 +36,11 @@ class _Call:
                 f"its forward. Pass the same seed to every function."
             )
         call = prepare(query, key, value, **options)
+        if options.get("enable_gqa") and key.shape[-3] != value.shape[-3]:
+            raise checks.ArgumentError(
+                f"key has {key.shape[-3]} heads and value {value.shape[-3]}; the explicit functions need one number of "
+                f"both. Repeat the fewer ones: value.repeat_interleave(n, -3)."
+            )
         self.layout, self.ops, self.spec = call.layout, call.ops, call.spec
         self.rules: ModuleType = reference if call.spec.backend == "reference" else autograd
         self.operands = (query, key, value, options.get("attn_mask"))
@@ -44,7 +50,8 @@ class _Call:
 
     def like_out(self, name: str, x: Tensor | None) -> Tensor | None:
         """A cotangent of the output, or its tangent, in canonical form."""
-        checks.check_like(name, x, self.out_shape, self.ops.q.dtype)
+        check = checks.require_like if name == "grad_out" else checks.check_like
+        check(name, x, self.out_shape, self.ops.q.dtype)  # type: ignore[arg-type]
         return self.layout.enter(x, grouped=True)
 
     def direction(self, name: str, direction: Direction) -> Tangents:
@@ -54,6 +61,8 @@ class _Call:
             raise checks.ArgumentError(f"{name} has {len(given)} entries; 3 (query, key, value) or 4 (attn_mask) fit.")
         entered = []
         for slot, x, operand in zip(("query", "key", "value", "attn_mask"), given, self.operands, strict=True):
+            if operand is not None and operand.dtype == torch.bool and x is not None:
+                raise checks.DtypeError(f"{name} has an entry for a boolean attn_mask, which has no tangent.")
             if operand is not None:
                 checks.check_like(f"{name} of {slot}", x, operand.shape, operand.dtype)
             elif x is not None:
@@ -63,10 +72,13 @@ class _Call:
 
     def residuals(self, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
         """Canonical o and lse: those given, or computed again."""
-        o, row = self.like_out("out", out), self.layout.enter_row(lse)
-        if o is None or lse is None or row is None:
+        if out is None or lse is None:
             return self.rules.forward(self.ops, self.spec)
-        checks.check_like("lse", lse, self.row_shape, lse.dtype)
+        dtype = self.ops.q.dtype if self.rules is reference else compute_dtype(self.ops.q.dtype)
+        checks.check_like("lse", lse, self.row_shape, dtype)
+        o, row = self.like_out("out", out), self.layout.enter_row(lse)
+        assert o is not None
+        assert row is not None
         return o, row
 
     def shapes(self, mask_grad: bool) -> Shapes:
@@ -94,7 +106,7 @@ def sdpa_forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> t
         ``out`` (..., N, E) and ``lse`` (..., N), the logarithm of each row's sum of exponentials (−inf for a row that
         sees no key), float32 for half precision with "custom".
     """
-    call = _Call(query, key, value, options)
+    call = ExplicitCall(query, key, value, options)
     o, lse = call.rules.forward(call.ops, call.spec)
     return call.layout.leave(o), call.layout.leave_row(lse)
 
@@ -120,7 +132,7 @@ def sdpa_vjp(
     Returns:
         (dquery, dkey, dvalue), with ``mask_grad`` (dquery, dkey, dvalue, dmask), shaped like the operands.
     """
-    call = _Call(query, key, value, options)
+    call = ExplicitCall(query, key, value, options)
     do, shapes = call.like_out("grad_out", grad_out), call.shapes(mask_grad)
     grads = call.rules.vjp(call.ops, *call.residuals(out, lse), do, call.spec, shapes)
     return call.leave_cotangents(grads)
@@ -148,7 +160,7 @@ def sdpa_jvp(
     Returns:
         The tangent of the output (..., N, E), and tau (..., N), the tangent of lse.
     """
-    call = _Call(query, key, value, options)
+    call = ExplicitCall(query, key, value, options)
     t = call.direction("tangent", (tangent_query, tangent_key, tangent_value, tangent_mask))
     to, tau = call.rules.jvp(call.ops, *call.residuals(out, lse), t, call.spec)
     return call.layout.leave(to), call.layout.leave_row(tau)
@@ -184,7 +196,7 @@ def sdpa_hvp(
     Returns:
         Tangents of (dquery, dkey, dvalue), with ``mask_grad`` also of dmask, shaped like the operands.
     """
-    call = _Call(query, key, value, options)
+    call = ExplicitCall(query, key, value, options)
     do, tdo = call.like_out("grad_out", grad_out), call.like_out("tangent_grad_out", tangent_grad_out)
     t = call.direction("tangent", (tangent_query, tangent_key, tangent_value, tangent_mask))
     shapes = call.shapes(mask_grad)
@@ -215,7 +227,7 @@ def sdpa_jvp_jvp(
     Returns:
         ∂²/∂ε₁∂ε₂ of sdpa(x + ε₁ first + ε₂ second + ε₁ε₂ mixed), (..., N, E).
     """
-    call = _Call(query, key, value, options)
+    call = ExplicitCall(query, key, value, options)
     t1, t2 = call.direction("first", first), call.direction("second", second)
     t12 = call.direction("mixed", mixed)
     o, lse = call.residuals(out, lse)

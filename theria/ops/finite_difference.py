@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theria.ops.explicit import sdpa_vjp
+from theria.ops.checks import ArgumentError, require_like
+from theria.ops.explicit import ExplicitCall, sdpa_vjp
 from theria.ops.operands import default_scale
 
 
@@ -51,18 +52,24 @@ def hvp_fd_vjp(
         tangent_query, tangent_key, tangent_value: the direction, shaped like the operands.
         eps: step along the direction; :func:`central_step` by default.
         grad_out: (..., N, E), the cotangent that is held fixed; ones by default (the loss is then ``sdpa(...).sum()``).
-        **options: keyword arguments of :func:`theria.ops.explicit.sdpa_vjp`.
+        **options: ``attn_mask``, ``is_causal``, ``scale``, ... as in :func:`theria.ops.sdpa`.
 
     Returns:
         The product, shaped like (query, key, value). Expect a relative error of 1e-10 in float64 and 1e-4 in float32.
     """
+    if refused := {"out", "lse", "mask_grad"} & set(options):
+        raise ArgumentError(
+            f"hvp_fd_vjp was given {', '.join(sorted(refused))}; the statistics are computed again at both points, and "
+            f"the product is that of query, key and value. Leave it out."
+        )
     x, t = (query, key, value), (tangent_query, tangent_key, tangent_value)
+    call = ExplicitCall(query, key, value, options)
+    for name, a, b in zip(("query", "key", "value"), x, t, strict=True):
+        require_like(f"tangent of {name}", b, a.shape, a.dtype)
     h = central_step(x, t, options.get("scale")) if eps is None else eps
     plus, minus = ([a + sign * h * b for a, b in zip(x, t, strict=True)] for sign in (1, -1))
     if grad_out is None:
-        grouped = options.get("enable_gqa", False)
-        lead = query.shape[:-2] if grouped else torch.broadcast_shapes(*(a.shape[:-2] for a in x))
-        grad_out = query.new_ones(*lead, query.shape[-2], value.shape[-1])
+        grad_out = query.new_ones(call.out_shape)
     grads = (sdpa_vjp(a, b, c, grad_out, **options) for a, b, c in (plus, minus))
     pairs = zip(*grads, strict=True)
     dq, dk, dv = ((a - b) / (2 * h) for a, b in pairs)

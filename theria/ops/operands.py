@@ -76,6 +76,8 @@ class Layout:
         """Canonical view of an operand, a tangent or a cotangent. ``grouped``: it has one entry per query head."""
         if x is None:
             return None
+        if x.ndim < 2:  # a mask (M,) or ()
+            x = x.expand(1, *(x.shape or (1,)))
         if self.groups:
             x = x if x.ndim > 2 else x.expand(1, *x.shape[-2:])
             split = grouped and x.shape[-3] != 1
@@ -110,11 +112,9 @@ def canonical(
         if key_heads != value_heads:  # as PyTorch: each is repeated on its own
             key = key.repeat_interleave(heads // key_heads, -3)
             value = value.repeat_interleave(heads // value_heads, -3)
-        groups = query.shape[-3] // key.shape[-3]
+        groups = max(query.shape[-3] // max(key.shape[-3], 1), 1)
         rank += 1
     layout = Layout(rank, groups)
-    if attn_mask is not None and attn_mask.ndim < 2:
-        attn_mask = attn_mask.expand(1, *(attn_mask.shape or (1,)))
     q = layout.enter(query, grouped=True)
     k, v = layout.enter(key, grouped=False), layout.enter(value, grouped=False)
     assert q is not None

@@ -23,7 +23,7 @@ def scores(ops: Operands, spec: AttentionSpec) -> Tensor:
     """S (1), with −inf where a key is hidden."""
     S = (ops.q @ ops.k.mT) * spec.scale
     if ops.mask is not None:
-        S = S.masked_fill(~ops.mask, NEG_INF) if ops.mask.dtype == torch.bool else S + ops.mask
+        S = S.masked_fill(~ops.mask, NEG_INF) if ops.mask.dtype == torch.bool else (S + ops.mask).to(S.dtype)
     if spec.is_causal:
         N, M = S.shape[-2:]
         S = S.masked_fill(torch.ones(N, M, dtype=torch.bool, device=S.device).triu(1), NEG_INF)
@@ -160,11 +160,12 @@ def _score_tangent(ops: Operands, t: Tangents, spec: AttentionSpec, like: Tensor
         tS = tS + spec.scale * (t.q @ ops.k.mT)
     if t.k is not None:
         tS = tS + spec.scale * (ops.q @ t.k.mT)
-    return tS if t.mask is None else tS + t.mask
+    return tS if t.mask is None else (tS + t.mask).to(tS.dtype)
 
 
 def _reduce(dq: Tensor, dk: Tensor, dv: Tensor, dS: Tensor, ops: Operands, shapes: Shapes):
     """Sum each cotangent over the dimensions in which its operand was broadcast."""
     batch = batch_shape(dq, dk, dv, ops.mask)
-    full = (dq, dk, dv, dS.expand(*batch, *dS.shape[-2:]))
+    dmask = dS.expand(*batch, *dS.shape[-2:])
+    full = (dq, dk, dv, dmask if ops.mask is None or ops.mask.dtype == torch.bool else dmask.to(ops.mask.dtype))
     return tuple(None if shape is None else sum_to(x, shape) for x, shape in zip(full, shapes, strict=True))

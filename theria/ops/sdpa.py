@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from theria.ops import checks, reference
-from theria.ops.autograd import Forward
+from theria.ops.autograd import Forward, autocasts
 from theria.ops.capabilities import CAPABILITIES, PREFERENCE
 from theria.ops.operands import AttentionSpec, Layout, Operands, canonical, default_scale, with_dropout
 
@@ -69,6 +69,7 @@ def prepare(
     """Check a call, choose its backend and bring it into canonical form."""
     checks.check_inputs(query, key, value, attn_mask, enable_gqa)
     checks.check_dropout(dropout_p, seed)
+    checks.check_scale(scale)
     name = choose(backend, query, value, attn_mask)
     layout, ops = canonical(query, key, value, attn_mask, enable_gqa)
     scale = default_scale(query.shape[-1]) if scale is None else float(scale)
@@ -78,14 +79,11 @@ def prepare(
     return Prepared(layout, ops, spec)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast does to F.scaled_dot_product_attention: float32 operands are cast to its dtype."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    half = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in half else x for x in tensors)
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does to F.scaled_dot_product_attention: operands of at most 32 bits are cast to its dtype."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    cast = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in tensors)
 
 
 def sdpa(
@@ -132,8 +130,8 @@ def sdpa(
         checks.UnsupportedError: the named backend cannot compute the call, before it does any work.
         NotImplementedError: at a third derivative, except with ``backend="reference"``, which has every order.
     """
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query, key, value)  # type: ignore[assignment]
+    if isinstance(query, Tensor) and autocasts(query.device.type):
+        query, key, value = _autocast(query, key, value)
     call = prepare(
         query,
         key,
@@ -171,7 +169,8 @@ def explain(
     Raises:
         checks.ArgumentError, checks.DtypeError: as :func:`sdpa`, for arguments that no backend can take.
     """
-    del is_causal, scale
+    del is_causal
+    checks.check_scale(scale)
     checks.check_inputs(query, key, value, attn_mask, enable_gqa)
     checks.check_dropout(dropout_p, seed)
     name = checks.resolve(backend)

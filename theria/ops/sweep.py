@@ -33,12 +33,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def matmul(a: Tensor, b: Tensor, *, alpha: float = 1.0, into: Tensor | None = None) -> Tensor:
     """alpha a @ b, or that added to ``into``, in its memory where it fits.
 
-    The factor and the sum cost nothing where they are part of the product (BLAS's alpha and beta). Unequal batches go
-    through einsum, which folds broadcast dimensions instead of copying them.
+    The factor and the sum cost nothing where they are part of the product (BLAS's alpha and beta).
     """
     batch = a.shape[:-2]
     if batch != b.shape[:-2]:
-        product = torch.einsum("...ij,...jk->...ik", a, b)
+        product = torch.matmul(a, b)
         product = product if alpha == 1.0 else product.mul_(alpha)
         return product if into is None else add(into, product)
     x, y = _flat(a), _flat(b)

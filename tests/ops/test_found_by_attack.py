@@ -1,0 +1,121 @@
+"""Calls that once gave a wrong number or an internal error; each now is right or says what is wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import theria
+from tests.tolerances import CUSTOM_F64, HVP_FD_F64
+from theria.ops import ArgumentError, DtypeError, hvp_fd_vjp, sdpa, sdpa_forward, sdpa_hvp, sdpa_jvp, sdpa_vjp
+from theria.testing import difference, make_sample, naive_attention
+
+backends = pytest.mark.parametrize("backend", ["reference", "custom"])
+
+
+def test_a_tensor_scale_is_refused_instead_of_losing_its_gradient() -> None:
+    x = make_sample().x
+    with pytest.raises(DtypeError, match="scale is a Tensor; a float is needed"):
+        sdpa(*x, scale=torch.tensor(0.5, requires_grad=True))  # type: ignore[arg-type]
+
+
+def test_finite_differences_refuse_residuals() -> None:
+    """Residuals held fixed at both points would be frozen statistics."""
+    s = make_sample()
+    out, lse = sdpa_forward(*s.x)
+    with pytest.raises(ArgumentError, match="given lse, out; the statistics are computed again"):
+        hvp_fd_vjp(*s.x, *s.t, out=out, lse=lse)
+    with pytest.raises(ArgumentError, match="tangent of query has shape"):
+        hvp_fd_vjp(*s.x, s.t[0][:1], s.t[1], s.t[2])
+
+
+def test_a_boolean_mask_has_no_tangent() -> None:
+    s, mask = make_sample(), torch.ones(5, 7, dtype=torch.bool)
+    with pytest.raises(DtypeError, match="boolean attn_mask, which has no tangent"):
+        sdpa_jvp(*s.x, *s.t, attn_mask=mask, tangent_mask=mask)
+
+
+def test_statistics_of_too_low_a_precision_are_refused() -> None:
+    s = make_sample().to(torch.bfloat16)
+    out, lse = sdpa_forward(*s.x, backend="reference")
+    with pytest.raises(DtypeError, match=r"lse has dtype torch\.bfloat16; torch\.float32 is needed"):
+        sdpa_vjp(*s.x, s.do, out=out, lse=lse, backend="custom")
+    with pytest.raises(DtypeError, match="grad_out is a NoneType"):
+        sdpa_vjp(*s.x, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("batch", "key_batch", "gqa"), [((2, 4), (2, 2), True), ((2, 3), (1, 3), False), ((2, 3), (), False)], ids=str
+)
+def test_mapped_cotangents_with_broadcast_operands(batch: tuple, key_batch: tuple, gqa: bool) -> None:
+    s = make_sample(batch, key_batch=key_batch, options={"enable_gqa": gqa})
+    x = s.leaves()
+    cotangents = torch.stack([s.do, s.do.sin()])
+    out = sdpa(*x, **s.options, backend="custom")
+    mapped = torch.autograd.grad(out, x, cotangents, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, x, c, retain_graph=True) for c in cotangents]
+    loop = [torch.stack(pair) for pair in zip(*each, strict=True)]
+    assert difference(mapped, loop) <= CUSTOM_F64
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_mask_with_half_precision(backend: str, dtype: torch.dtype) -> None:
+    s = make_sample().to(dtype)
+    mask = torch.randn(5, 7, requires_grad=True)
+    out = sdpa(*s.x, mask, backend=backend)
+    (grad,) = torch.autograd.grad(out, mask, s.do)
+    exact = naive_attention(*s.to(torch.float64).x, attn_mask=mask.double())
+    (expected,) = torch.autograd.grad(exact, mask, s.do.double())
+    assert out.dtype == dtype
+    assert grad.dtype == torch.float32
+    assert difference([out], [exact]) <= 4 * torch.finfo(dtype).eps
+    assert difference([grad], [expected]) <= 16 * torch.finfo(dtype).eps
+
+
+@backends
+def test_grouped_queries_at_their_edges(backend: str) -> None:
+    run: dict[str, Any] = {"enable_gqa": True, "backend": backend}
+    q, k, v = torch.randn(1, 4, 3, 5), torch.randn(2, 2, 6, 5), torch.randn(2, 2, 6, 5)
+    mask = torch.randn(2, 1, 3, 6)
+    expected = F.scaled_dot_product_attention(q.expand(2, 4, 3, 5), k, v, mask, enable_gqa=True)
+    torch.testing.assert_close(sdpa(q, k, v, mask, **run), expected)
+    assert sdpa(q[:, :0], k[:, :0], v[:, :0], **run).shape == (2, 0, 3, 5)
+    with pytest.raises(ArgumentError, match="multiple of key's; given 4 and 0"):
+        sdpa(q, k[:, :0], v[:, :0], **run)
+    with pytest.raises(ArgumentError, match="key has 2 heads and value 4"):
+        sdpa_vjp(q, k, torch.randn(2, 4, 6, 5), torch.randn(2, 4, 3, 5), **run)
+    sample = make_sample((2, 4), key_batch=(2, 2))
+    row, trow = torch.randn(2, 7, dtype=torch.float64)
+    tangent = sdpa_jvp(*sample.x, *sample.t, attn_mask=row, tangent_mask=trow, **run)[0]
+    full = sdpa_jvp(*sample.x, *sample.t, attn_mask=row.expand(5, 7), tangent_mask=trow.expand(5, 7), **run)[0]
+    assert difference([tangent], [full]) <= CUSTOM_F64
+
+
+def test_finite_differences_where_the_batch_of_grouped_queries_broadcasts() -> None:
+    q, k, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((1, 4, 3, 5), (2, 2, 6, 5), (2, 2, 6, 5)))
+    ones = torch.ones(2, 4, 3, 5, dtype=torch.float64)
+    expected = sdpa_hvp(q, k, v, ones, q, k, v, enable_gqa=True)
+    assert difference(hvp_fd_vjp(q, k, v, q, k, v, enable_gqa=True), expected) <= HVP_FD_F64
+
+
+@backends
+def test_tensors_without_data(backend: str) -> None:
+    s = make_sample().to(device="meta")
+    assert sdpa(*s.x, backend=backend).shape == (2, 2, 5, 3)
+
+
+def test_hvp_keeps_pytorchs_errors_and_checks_its_direction() -> None:
+    x = torch.randn(2, 3)
+
+    def loss(p: Tensor) -> Tensor:
+        return F.layer_norm(p, (7,)).square().sum()
+
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        theria.hvp(loss, x, x)
+    with pytest.raises(TypeError, match="dtypes of params"):
+        theria.hvp(lambda p: p.square().sum(), x.double(), x)
+    with pytest.raises(ValueError, match="K ≥ 1"):
+        theria.hvp(lambda p: p.square().sum(), x, torch.zeros(0, 2, 3))
