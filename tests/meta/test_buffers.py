@@ -119,7 +119,7 @@ class Counting(nn.Module):
 def test_a_forward_that_writes_another_buffer_raises(episode, adjoint, what):
     model = Counting(what).double()
     learner = MAML(model, cross_entropy, SGD(0.3), 2, adjoint)
-    with pytest.raises(RuntimeError, match=r"writes in place to a buffer \(of: seen"):
+    with pytest.raises(RuntimeError, match=r"writes to a buffer \(of: seen"):
         learner(episode)
     assert model.seen == 0
 

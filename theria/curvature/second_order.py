@@ -30,7 +30,7 @@ def layer_norm(
 ) -> Tensor:
     """`F.layer_norm`; shapes that do not fit are left to its own errors."""
     shapes = [tuple(x.shape) for x in (weight, bias) if x is not None] + [tuple(input.shape[-len(normalized_shape) :])]
-    if any(shape != tuple(normalized_shape) for shape in shapes):
+    if any(shape != tuple(normalized_shape) for shape in shapes) or not _same_dtype(input, weight, bias):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     dims = tuple(range(-len(normalized_shape), 0))
     return _affine(input, dims, weight, bias, eps)
@@ -47,7 +47,8 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.batch_norm`; with running statistics it is the fused one: affine in evaluation, in training it writes them."""
-    if running_mean is not None or not training or input.ndim < 2 or input[:, 0].numel() < 2:
+    fits = input.ndim > 1 and input[:, :1].numel() > 1 and _fits_channels(input, weight, bias)
+    if running_mean is not None or not training or not fits:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _affine(input, (0, *range(2, input.ndim)), *_per_channel(input, weight, bias), eps)
 
@@ -63,9 +64,20 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.instance_norm`; with running statistics it is the fused one."""
-    if running_mean is not None or not use_input_stats or input.ndim < 3 or input[0, 0].numel() < 2:
+    fits = input.ndim > 2 and input[:1, :1].numel() > 1 and _fits_channels(input, weight, bias)
+    if running_mean is not None or not use_input_stats or not fits:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return _affine(input, tuple(range(2, input.ndim)), *_per_channel(input, weight, bias), eps)
+
+
+def _same_dtype(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    return all(x is None or x.dtype == input.dtype for x in (weight, bias))
+
+
+def _fits_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """One weight a channel, of the input's dtype; anything else is left to PyTorch's own errors."""
+    shapes_fit = all(x is None or x.shape == input.shape[1:2] for x in (weight, bias))
+    return shapes_fit and _same_dtype(input, weight, bias)
 
 
 def _per_channel(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

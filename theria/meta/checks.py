@@ -79,8 +79,8 @@ def is_batched(episode: Any, batched: bool | None) -> bool:
     """Whether the tensors of an episode have a leading dimension of tasks.
 
     Inferred from the shapes when `batched` is None: targets of one dimension are one task; otherwise several tasks
-    wherever the shapes allow it. Only one task with (S, C, ...) inputs, (S, C) targets and as many queries as
-    supports reads as several; give `batched=False` there.
+    wherever the shapes allow it. One task with (S, C, ...) inputs, (S, C) targets and as many queries as supports
+    reads as several: give `batched=False` there. Tasks of scalar inputs, (T, S), read as one: give `batched=True`.
     """
     try:
         sx, sy, qx, qy = (tuple(part.shape) for part in episode)
@@ -89,9 +89,9 @@ def is_batched(episode: Any, batched: bool | None) -> bool:
             f"an episode is (support_x, support_y, query_x, query_y), four tensors; given {type(episode).__name__}"
         ) from None
     one = _consistent(sx, sy, qx, qy, 0)
-    many = len(sx) > 2 and len(sy) > 1 and sx[:1] == sy[:1] == qx[:1] == qy[:1] and _consistent(sx, sy, qx, qy, 1)
+    many = len(sy) > 1 and sx[:1] == sy[:1] == qx[:1] == qy[:1] and _consistent(sx, sy, qx, qy, 1)
     if batched is None:
-        batched = len(sy) > 1 and many
+        batched = len(sx) > 2 and many
     if not (many if batched else one):
         raise ValueError(
             f"episode shapes support_x {sx}, support_y {sy}, query_x {qx}, query_y {qy} do not fit together: one task "

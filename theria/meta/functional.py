@@ -37,7 +37,8 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         with _statistics(module, batch_norm):
             try:
-                out = functional_call(module, {**params, **buffers}, (x,))
+                with _kept(module, buffers):
+                    out = functional_call(module, {**params, **buffers}, (x,))
             except RuntimeError as error:
                 # What vmap says of an in-place update of something that is not mapped over.
                 if buffers and any(s in str(error) for s in ("vmap: inplace", "doesn't match the broadcast shape")):
@@ -51,9 +52,25 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
     return predict
 
 
+@contextmanager
+def _kept(module: nn.Module, buffers: Params) -> Iterator[None]:
+    """Raise when the forward puts another tensor in the place of a buffer, which `functional_call` would undo."""
+
+    def check(*_: object) -> None:
+        for name, buffer in module.named_buffers():
+            if buffer is not buffers.get(name):
+                raise RuntimeError(_written(name))
+
+    handle = module.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _written(names: str) -> str:
     return (
-        f"the module's forward writes in place to a buffer (of: {names}). Inside a meta-learner buffers are "
+        f"the module's forward writes to a buffer (of: {names}). Inside a meta-learner buffers are "
         f"constants: remove the update, or replace the layer by one without running state"
     )
 

@@ -28,8 +28,8 @@ class MAML(nn.Module):
         inner: the inner optimiser; `SGD(lr, learn_lr=True)` learns its rates too (Meta-SGD).
         steps: number of inner steps, at least 1.
         adjoint: how the inner solution is differentiated: `Unrolled()`, `MixedMode()`, `FirstOrder()`, `Higher()`.
-        adapt: which parameters the inner loop changes: None for all, a predicate on names, or names of parameters
-            or modules. The others are meta-learned only.
+        adapt: which parameters the inner loop changes: None for all that require grad, a predicate on names, or
+            names of parameters or modules. The others are meta-learned only.
         params: the initial parameters of a pure function, by name.
         chunk_size: how many tasks run at a time under `vmap`; None for all.
         randomness: what dropout does under `vmap`: "error", "different" masks for each task, or the "same".
@@ -61,24 +61,32 @@ class MAML(nn.Module):
         self.inner: InnerOptimiser = SGD(lr=0.01) if inner is None else inner
         self.adjoint: Adjoint = Unrolled() if adjoint is None else adjoint
         self.loss_fn, self.chunk_size, self.randomness = loss_fn, chunk_size, randomness
+        self.batch_norm = batch_norm
         self._check_choices()
         if isinstance(model, nn.Module):
             if params is not None:
                 raise ValueError("params is for a pure function f(params, x); an nn.Module brings its own")
-            self.model = model
+            pure_function(model, batch_norm)  # raises for what it cannot be
+            self.model, self._pure = model, None
             self._names = {f"model.{name}": name for name, _ in model.named_parameters()}
-            self._function = pure_function(model, batch_norm)
             initial = dict(model.named_parameters())
+            if adapt is None:  # what is frozen stays as it is
+                adapt = {name for name, p in initial.items() if p.requires_grad}.__contains__
         else:
             if not callable(model) or not params:
                 raise ValueError(f"model={model!r}: give an nn.Module, or a function f(params, x) and params={{...}}")
             self.params = _parameters(params)
             self._names = {f"params.{_key(name)}": name for name in params}
-            self._function = model
+            self._pure = model
             initial = params
         self.adapted = select(list(self._names.values()), adapt)
         hyper = self.inner.hyper({name: initial[name].detach() for name in self.adapted})
         self.rates = nn.ModuleDict({kind: _parameters(values) for kind, values in hyper.items()})
+
+    @property
+    def _function(self) -> Predictor:
+        """(params, x) -> prediction, of the module that the learner holds now: a copy of the learner has its own."""
+        return pure_function(self.model, self.batch_norm) if self._pure is None else self._pure
 
     def forward(self, episode: Any, *, batched: bool | None = None) -> Tensor:
         """The query loss after adaptation, averaged over the tasks; see `outer_loss`."""
@@ -150,6 +158,11 @@ class MAML(nn.Module):
     def _check_choices(self) -> None:
         if not isinstance(self.adjoint, Adjoint):
             raise TypeError(f"adjoint={self.adjoint!r}: give a value such as MixedMode() or Unrolled()")
+        if isinstance(self.loss_fn, nn.Module) and any(True for _ in self.loss_fn.parameters()):
+            raise TypeError(
+                "loss_fn is a module with parameters, which would not be meta-parameters: give a function, and put "
+                "what is learned into the model"
+            )
         if not hasattr(self.inner, "update"):
             raise TypeError(f"inner={self.inner!r}: give an inner optimiser such as theria.meta.SGD(lr=0.1)")
         if self.randomness not in ("error", "different", "same"):

@@ -34,7 +34,9 @@ class MixedMode(Adjoint):
     """Exact first derivative; memory of the parameter trajectory and one step, whatever the activations.
 
     Equal to `Unrolled` to rounding, with tasks under `vmap` and through `loss.backward()` or `torch.func.grad`.
-    The inner loss runs once more in each step on the way back; random numbers (dropout) are replayed there.
+    The inner loss runs once more in each step on the way back; random numbers of torch's global generators (dropout)
+    are replayed there. It must draw from no other source, and what it calls must have a derivative forward over
+    reverse (PyTorch raises where it has none, such as in `F.group_norm` and `F.silu`): use `Unrolled` for those.
 
     Raises:
         NotImplementedError: when its gradient is differentiated again, or differentiated in forward mode.

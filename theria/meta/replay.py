@@ -45,7 +45,7 @@ def probe(inner_loss, params: Params, context, tensors: Sequence[Tensor]) -> boo
         ValueError: when the value needs a gradient all the same: the loss reads a tensor that is not an argument,
             and a derivative with respect to it would be lost without a word.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return False  # nothing is differentiated, so nothing runs twice and nothing can be lost
     constants = constant((params, context))
     states = RandomStates(tensors)
