@@ -1,5 +1,6 @@
 """From a configuration to the objects of theria. Whatever cannot work together is refused here, before any work."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -59,6 +60,7 @@ LEAST = {
     "debug.nan_task": 0,
     "debug.step_seconds": 0,
 }
+FINITE = ("trainer.lr", "trainer.weight_decay", "inner.lr", "inner.head_lr", "debug.step_seconds")
 PRECISIONS = ("highest", "high", "medium")
 
 
@@ -69,14 +71,36 @@ def check(config: Config) -> None:
         UserError: with the value and what is needed.
     """
     for key, least in LEAST.items():
-        group, name = key.split(".")
-        value = getattr(getattr(config, group), name)
+        value = _value(config, key)
         if value is not None and not value >= least:  # `not >=`, so that NaN is refused too
             raise UserError(f"{key}={value}: needed is at least {least}")
+    for key in FINITE:
+        value = _value(config, key)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{key}={value}: needed is a finite number")
+    if config.inner.head_lr is not None and not config.inner.head_lr > 0:
+        raise UserError(f"inner.head_lr={config.inner.head_lr}: needed is a positive number, or null for inner.lr")
+    check_seed(config.seed)
+    debug, tasks = config.debug, config.task.tasks
+    if debug.nan_step is not None and debug.nan_task >= tasks:
+        raise UserError(
+            f"debug.nan_task={debug.nan_task}: needed is at most {tasks - 1}, the last of task.tasks={tasks}"
+        )
     precision = config.ops.matmul_precision
     if precision not in PRECISIONS:
         raise UserError(f"ops.matmul_precision={precision}: {nearest(precision, PRECISIONS)}")
     device(config)
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed whose streams have no room in a generator's 63 bits; None is no seed.
+
+    Raises:
+        UserError: with the range.
+    """
+    bound = 2**63 // SEED_STRIDE - 1
+    if seed is not None and not -bound <= seed <= bound:
+        raise UserError(f"seed={seed}: needed is a number from {-bound} to {bound}")
 
 
 def chance(task: TaskConfig) -> str:
@@ -225,6 +249,11 @@ def device(config: Config) -> torch.device:
 
 def _arguments(model: Any, *without: str) -> dict[str, Any]:
     return {f.name: getattr(model, f.name) for f in fields(model) if f.name not in ("name", *without)}
+
+
+def _value(config: Config, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(config, group), name)
 
 
 def _x_dim(task: TaskConfig) -> int:

@@ -27,6 +27,12 @@ def saved(run_dir: Path) -> list[Path]:
     return sorted(directory(run_dir).glob(PATTERN))
 
 
+def belongs(path: Path, run_dir: Path) -> bool:
+    """Whether `path` is the run's own directory or one of its checkpoints."""
+    path = path.resolve()
+    return path == run_dir.resolve() or path.parent == directory(run_dir).resolve()
+
+
 def save(run_dir: Path, state: dict[str, Any]) -> Path:
     """Write `state` (its key "step" names the file) so that a reader sees the whole file or none; drop old ones."""
     folder = directory(run_dir)

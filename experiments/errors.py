@@ -1,14 +1,20 @@
 """Errors that a user can mend: what was given, what is needed, what to do. Anything else keeps its traceback."""
 
 import difflib
+import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from theria.ops import UnsupportedError
+
+# A folder that cannot be made or written; every other OSError keeps its traceback.
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENOSPC}
 
 
 class UserError(Exception):
@@ -42,11 +48,33 @@ def unknown_setting(key: str, valid: Iterable[str]) -> str:
     return f"{key}: there is no such setting; {nearest(key, valid)}"
 
 
+def value_needed(key: str) -> str:
+    return f"{key}: a value is needed: give {key}=..."
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse what Hydra would take for something else, before it makes a folder.
+
+    Raises:
+        UserError: an empty path, which would be the current directory; a sweep with a run_dir, which it would ignore.
+    """
+    given = {key.lstrip("+"): value for key, sign, value in (item.partition("=") for item in arguments) if sign}
+    for key in ("run_dir", "checkpoint"):
+        if not given.get(key, key).strip("'\" "):
+            raise UserError(value_needed(key))
+    if "run_dir" in given and {"--multirun", "-m"} & {*arguments}:
+        raise UserError(
+            f"run_dir={given['run_dir']}: the runs of --multirun have a directory each: give "
+            f"hydra.sweep.dir={given['run_dir']}, in which they are 0, 1, ..."
+        )
+
+
 def run(entry: Callable[[], None]) -> None:
     """Call a `hydra.main` function; turn errors that a user can mend into one message on stderr and an exit code."""
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a message of its own
     try:
+        check_arguments(sys.argv[1:])
         entry()
     except UserError as error:
         message, code = str(error), error.exit_code
@@ -54,6 +82,15 @@ def run(entry: Callable[[], None]) -> None:
         if verbose:
             raise
         message, code = explain(error), UserError.exit_code
+    except UnsupportedError as error:
+        if verbose:
+            raise
+        message, code = f"{error} The setting is ops=...", UserError.exit_code
+    except OSError as error:
+        if verbose or error.errno not in UNWRITABLE or error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}; needed is a folder that can be written: give another run_dir"
+        code = UserError.exit_code
     except KeyboardInterrupt:
         message, code = "interrupted; if training had begun, trainer.resume=true with the same run_dir goes on", 130
     else:
@@ -79,7 +116,7 @@ def explain(error: Exception) -> str:
 def _explain_value(error: OmegaConfBaseException) -> str:
     key = error.full_key or str(error.key)
     if isinstance(error, MissingMandatoryValue):
-        return f"{key}: a value is needed: give {key}=..."
+        return value_needed(key)
     if isinstance(error.parent_node, DictConfig) and str(error.key) not in error.parent_node.keys():  # noqa: SIM118
         prefix = key[: len(key) - len(str(error.key))]  # (`in` without keys() misses what has no value yet)
         return unknown_setting(key, [f"{prefix}{name}" for name in error.parent_node])

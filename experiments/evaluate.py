@@ -23,6 +23,11 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path) -> Evaluation:
     """
     if settings.episodes < 1 or settings.tasks < 1:
         raise errors.UserError(f"episodes={settings.episodes}, tasks={settings.tasks}: both must be at least 1")
+    if settings.inner_steps is not None and settings.inner_steps < 0:
+        raise errors.UserError(f"inner_steps={settings.inner_steps}: needed is at least 0, or null for the run's own")
+    build.check_seed(settings.seed)
+    if not settings.checkpoint.strip():
+        raise errors.UserError(errors.value_needed("checkpoint"))
     path, state = checkpoint.find(Path(settings.checkpoint))
     run = store.from_container(state["config"])
     run.trainer.device = settings.device
@@ -44,7 +49,7 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path) -> Evaluation:
     print(f"{path}, step {state['step']}")
     print(result.text() + build.chance(run.task))
     record = {"checkpoint": str(path), "step": state["step"], **result.record()}
-    (run_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    (run_dir / "evaluation.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     return result
 
 

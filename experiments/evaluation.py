@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.learners import InContextLearner, Learner, sequence
+from experiments.tracking import json_value
 from theria.data import Episode, TaskSource
 from theria.nn import InContextRegressor
 
@@ -67,8 +68,8 @@ class Evaluation:
         return values
 
     def record(self) -> dict:
-        """As JSON values."""
-        return {
+        """As JSON values; an infinite interval, that of one episode, is null."""
+        values = {
             "subset": self.subset,
             "metric": self.metric,
             "axis": self.axis,
@@ -80,6 +81,7 @@ class Evaluation:
             "curve": [estimate.mean for estimate in self.curve],
             "curve_ci95": [estimate.half_width for estimate in self.curve],
         }
+        return {key: json_value(value) for key, value in values.items()}
 
 
 def estimate(values: Tensor) -> Estimate:

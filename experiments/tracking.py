@@ -32,7 +32,7 @@ class JsonLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({key: _json(value) for key, value in row.items()}, allow_nan=False) + "\n")
+            file.write(json.dumps({key: json_value(value) for key, value in row.items()}, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -46,10 +46,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _json(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """`value`, with null for the numbers that JSON has no word for; lists are searched."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return [_json(item) for item in value] if isinstance(value, list) else value
+    return [json_value(item) for item in value] if isinstance(value, list) else value
 
 
 class Wandb:

@@ -12,7 +12,7 @@ with the same settings goes on from DIR's newest readable checkpoint (from step 
 parameters, bit by bit on a CPU, as a run that was never stopped; `trainer.resume=PATH` starts from another run's
 checkpoint in a directory of its own. Only a stop by trainer.max_minutes depends on the machine.
 
-Exit status: 0; 2 for a mistake in the settings; 3 for a loss or gradient that is not finite; 130, 143 after a signal.
+Exit status: 0; 2 for a mistake in the settings; 3 for a loss, gradient or parameter that is not finite; 130, 143 after a signal.
 """
 
 import json
@@ -81,7 +81,7 @@ def _report(trainer: Trainer, result: Evaluation) -> None:
     """results.json, the pictures, and the lines that end a run."""
     parts = trainer.parts
     record = {"step": trainer.step, "seconds": round(trainer.elapsed, 1), **result.record()}
-    (parts.run_dir / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    (parts.run_dir / "results.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if trainer.trainer.pictures:
         for path in _draw(trainer, result):
             parts.tracker.picture(trainer.step, path.stem, path)
@@ -115,12 +115,13 @@ def _checkpoint(settings: Config, run_dir: Path) -> tuple[Path, dict] | None:
         errors.UserError: nothing readable there, another configuration, or a run that would overwrite an older one.
     """
     wanted = settings.trainer.resume
+    goes_on = wanted is True or (bool(wanted) and checkpoint.belongs(Path(str(wanted)), run_dir))
+    if checkpoint.saved(run_dir) and not goes_on:
+        raise errors.UserError(
+            f"{run_dir} holds the checkpoints of an earlier run: continue it with trainer.resume=true, or give "
+            "another run_dir"
+        )
     if not wanted:
-        if checkpoint.saved(run_dir):
-            raise errors.UserError(
-                f"{run_dir} holds the checkpoints of an earlier run: continue it with trainer.resume=true, or give "
-                "another run_dir"
-            )
         return None
     found = checkpoint.newest(run_dir, _warn) if wanted is True else checkpoint.find(Path(str(wanted)), _warn)
     if found is None:

@@ -69,6 +69,16 @@ class Trainer:
         return self._before + time.monotonic() - self._begun
 
     def save(self) -> Path:
+        """Write a checkpoint.
+
+        Raises:
+            NonFiniteError: a parameter is not finite, so that no figure could follow from the checkpoint.
+        """
+        if not self._finite():
+            raise NonFiniteError(
+                f"step {self.step}: a parameter is not finite after the last update; nothing was written.\n"
+                f"{self._advice(self._last_good())}"
+            )
         return checkpoint.save(
             self.parts.run_dir,
             {
@@ -94,7 +104,8 @@ class Trainer:
 
         Raises:
             Interrupted: after a signal; the checkpoint is written and the message says how to go on.
-            NonFiniteError: a loss or gradient that is not finite; nothing was updated with it.
+            NonFiniteError: a loss or gradient that is not finite, and nothing was updated with it; or a parameter
+                that is not finite when a checkpoint is due.
         """
         if self.step == 0:
             self.save()
@@ -167,11 +178,21 @@ class Trainer:
         where = "no single task (only their sum)" if task is None else f"task {task}"
         what = f"loss {float(loss)}" if not bool(loss.isfinite()) else f"gradient norm {float(norm)}"
         self.parts.tracker.scalars(self.step, {"gradient/nonfinite": health.nonfinite_count(self.learner)})
-        finite = all(bool(p.isfinite().all()) for p in self.parameters)
-        good = self.save() if finite else checkpoint.saved(self.parts.run_dir)[-1]
+        good = self.save() if self._finite() else self._last_good()
         raise NonFiniteError(
             f"step {self.step}, {where}: {what} is not finite; the parameters were not updated with it.\n"
-            f"last good checkpoint: {good}\n"
+            f"{self._advice(good)}"
+        )
+
+    def _finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.parameters)
+
+    def _last_good(self) -> Path | None:
+        return next(reversed(checkpoint.saved(self.parts.run_dir)), None)
+
+    def _advice(self, good: Path | None) -> str:
+        return (
+            f"last good checkpoint: {good or 'the one that this run began from'}\n"
             "Lower trainer.lr or inner.lr, or bound the gradient with trainer.clip=1."
         )
 

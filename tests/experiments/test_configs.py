@@ -1,5 +1,6 @@
 """Every configuration in the repository composes, builds and runs; every wrong one is refused with the right name."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,12 @@ def test_a_typo_names_the_nearest(compose_config, override, hint):
         ("trainer.lr=nan", "at least 0"),
         ("trainer.device=tpu7x", "auto, cpu, cuda"),
         ("inner.steps=0", "at least 1"),
+        ("trainer.lr=inf", "finite"),
+        ("inner.lr=nan", "finite"),
+        ("inner.head_lr=inf", "finite"),
+        ("inner.head_lr=0", "positive"),
+        ("inner.head_lr=-1", "positive"),
+        ("seed=9223372036854775807", "needed is a number from"),
     ],
 )
 def test_a_wrong_value_names_what_is_needed(compose_config, override, needed):
@@ -157,7 +164,7 @@ def test_what_cannot_work_together_is_refused_before_any_work(compose_config, ov
     [
         (["task=digits", "task.ways=9"], "9 ways"),
         (["task=digits", "task.shots=1000"], "1000 shots"),
-        (["task=omniglot", "task.root=nowhere"], "nowhere"),
+        (["task=omniglot", "task.root=nowhere"], r"nowhere.*task\.root=.*THERIA_OMNIGLOT"),
     ],
 )
 def test_what_the_data_cannot_give_is_refused_in_its_words(compose_config, overrides, words):
@@ -198,3 +205,23 @@ def test_the_subsets_share_no_task(compose_config):
     targets = [source.sample(0).query_y for source in sources.values()]
     assert not torch.equal(targets[0], targets[1])
     assert not torch.equal(targets[1], targets[2])
+
+
+def test_a_fault_is_aimed_at_a_task_that_there_is(compose_config):
+    assert "at most 2" in refused(compose_config, "task.tasks=3", "debug.nan_step=0", "debug.nan_task=3")
+    build.check(compose_config("task.tasks=3", "debug.nan_step=0", "debug.nan_task=2"))
+
+
+def test_the_largest_seed_works(compose_config):
+    bound = 2**63 // build.SEED_STRIDE - 1
+    for seed in (-bound, bound):
+        config = compose_config("task=sinusoid", "model=mlp", "learner=maml", f"seed={seed}")
+        build.check(config)
+        build.build_learner(config)
+        assert build.build_source(config, "test", tasks=2).sample(0).query_y.isfinite().all()
+
+
+def test_omniglot_without_torchvision_names_its_extra(compose_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(UserError, match=r"\[vision\]"):
+        build.build_sources(compose_config("task=omniglot", f"task.root={tmp_path}", "task.download=true"))

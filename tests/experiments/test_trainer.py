@@ -124,6 +124,17 @@ def test_an_earlier_run_is_not_overwritten(run_here, tmp_path):
         run_here(tmp_path)
 
 
+def test_another_runs_checkpoint_does_not_mix_with_those_of_an_earlier_run(run_here, tmp_path):
+    schedule = "trainer.schedule=constant"
+    run_here(tmp_path / "long", schedule)
+    run_here(tmp_path / "short", schedule, "trainer.steps=2")
+    with pytest.raises(UserError, match="holds the checkpoints of an earlier run"):
+        run_here(tmp_path / "long", schedule, f"trainer.resume={tmp_path / 'short'}")
+    own = checkpoint.saved(tmp_path / "short")[-1]
+    run_here(tmp_path / "short", schedule, f"trainer.resume={own}")
+    assert_same_end(tmp_path / "long", tmp_path / "short")
+
+
 def test_resuming_where_nothing_is_starts(run_here, tmp_path, capsys):
     run_here(tmp_path, "trainer.resume=true")
     assert "starting at step 0" in capsys.readouterr().err
@@ -160,6 +171,26 @@ def test_after_a_nan_the_run_goes_on_from_the_last_good_step(run_here, tmp_path)
 def test_a_diverging_run_stops(run_here, tmp_path):
     with pytest.raises(NonFiniteError, match="is not finite"):
         run_here(tmp_path, "inner.lr=1e30")
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_last_update_that_is_not_finite_is_not_kept(run_here, tmp_path, monkeypatch, every):
+    def spoil(optimiser):
+        optimiser.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(NonFiniteError, match=r"step 1: a parameter is not finite.*\n.*step_00000000\.pt"):
+        run_here(tmp_path, "trainer.steps=1", "trainer.val_every=0", f"trainer.checkpoint_every={every}")
+    assert final(tmp_path)["step"] == 0
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_one_episode_gives_valid_json(run_here, tmp_path):
+    run_here(tmp_path, "trainer.test_episodes=1")
+    record = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert record["ci95"] is record["before_ci95"] is None
+    assert record["curve_ci95"] == [None, None]
+    assert record["mean"] > 0
 
 
 def test_the_wall_clock_ends_training_early(run_here, tmp_path, capsys):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from theria.data.cache import atomic_path, cache_dir, missing_extra
+from theria.data.cache import atomic_path, cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,8 +60,8 @@ def _how_to_get(path: Path) -> str:
             f"as {path}."
         )
     return (
-        "load_omniglot(root, ..., download=True) downloads it through torchvision; or point `root` or THERIA_OMNIGLOT "
-        f"at a folder that holds {', '.join(list(SHA256)[:3])}."
+        "load_omniglot(root, ..., download=True) (task.download=true) downloads it through torchvision; or point `root`"
+        f" (task.root=...) or THERIA_OMNIGLOT at a folder that holds {', '.join(list(SHA256)[:3])}."
     )
 
 
@@ -183,7 +183,10 @@ def _torchvision_omniglot() -> Any:
     try:
         return importlib.import_module("torchvision.datasets").Omniglot
     except ImportError as error:
-        raise missing_extra("torchvision", "Downloading Omniglot", error) from error
+        raise ImportError(
+            f"Downloading Omniglot needs torchvision, which cannot be imported ({error}): "
+            'pip install -e ".[vision]" (beside a CPU build of torch as the README says)'
+        ) from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
