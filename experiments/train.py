@@ -12,7 +12,8 @@ with the same settings goes on from DIR's newest readable checkpoint (from step 
 parameters, bit by bit on a CPU, as a run that was never stopped; `trainer.resume=PATH` starts from another run's
 checkpoint in a directory of its own. Only a stop by trainer.max_minutes depends on the machine.
 
-Exit status: 0; 2 for a mistake in the settings; 3 for a loss, gradient or parameter that is not finite; 130, 143 after a signal.
+Exit status: 0; 2 for a mistake in the settings; 3 for a loss, gradient or parameter that is not finite; 130, 143 after
+a signal.
 """
 
 import json

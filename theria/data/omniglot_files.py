@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from theria.data.cache import atomic_path, cache_dir
+from theria.data.cache import atomic_path, cache_dir, missing_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,10 +183,7 @@ def _torchvision_omniglot() -> Any:
     try:
         return importlib.import_module("torchvision.datasets").Omniglot
     except ImportError as error:
-        raise ImportError(
-            f"Downloading Omniglot needs torchvision, which cannot be imported ({error}): "
-            'pip install -e ".[vision]" (beside a CPU build of torch as the README says)'
-        ) from error
+        raise missing_extra("torchvision", "Downloading Omniglot", error) from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
