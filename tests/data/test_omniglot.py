@@ -266,5 +266,5 @@ def test_a_failed_download_says_what_to_do(torchvision, tmp_path: Path) -> None:
 def test_without_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)  # import of it fails
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(ImportError, match=r"Downloading Omniglot needs torchvision, .*\.\[experiments\]"):
+    with pytest.raises(ImportError, match=r"Downloading Omniglot needs torchvision, .*\.\[vision\]"):
         load_omniglot(tmp_path, download=True)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def missing_extra(package: str, purpose: str, error: ImportError) -> ImportError:
+def missing_extra(package: str, purpose: str, error: ImportError, extra: str = "experiments") -> ImportError:
     """The error for an optional package that is not installed: what it is for and how to get it."""
-    return ImportError(f'{purpose} needs {package}, which is not installed ({error}): pip install -e ".[experiments]"')
+    return ImportError(f'{purpose} needs {package}, which is not installed ({error}): pip install -e ".[{extra}]"')
 
 
 def cache_dir() -> Path:

@@ -183,7 +183,7 @@ def _torchvision_omniglot() -> Any:
     try:
         return importlib.import_module("torchvision.datasets").Omniglot
     except ImportError as error:
-        raise missing_extra("torchvision", "Downloading Omniglot", error) from error
+        raise missing_extra("torchvision", "Downloading Omniglot", error, extra="vision") from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
