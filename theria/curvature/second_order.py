@@ -21,6 +21,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
+def standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) over `dims`, biased variance; half precision leaves in float32."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: list[int],
@@ -87,9 +94,7 @@ def _per_channel(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> t
 
 def _affine(input: Tensor, dims: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(biased variance + eps) * weight + bias; half precision is computed in float32, as there."""
-    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    centred = x - x.mean(dims, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    y = standardise(input, dims, eps)
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(input.dtype)
 

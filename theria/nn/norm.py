@@ -10,12 +10,7 @@ every mode and order, and as fast for small tokens.
 import torch
 from torch import Tensor, nn
 
-
-def standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) over `dims`, biased variance; half precision leaves in float32."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+from theria.curvature.second_order import standardise
 
 
 class LayerNorm(nn.Module):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-HIGHEST = 1_000_000  # stands for "any" where a number is needed
 
 
 @dataclass(frozen=True)

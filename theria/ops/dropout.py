@@ -7,6 +7,8 @@ An entry is kept when its word, a uniform integer below 2³², is at least p·2�
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def keep_mask(seed: Tensor, spec: AttentionSpec, rows: range, M: int) -> Tensor:
         bool (*L, len(rows), M), L the broadcast of ``seed``'s and ``heads``.
     """
     device = seed.device
-    head = torch.arange(_numel(spec.heads), device=device).reshape(*spec.heads, 1, 1)
+    head = torch.arange(math.prod(spec.heads), device=device).reshape(*spec.heads, 1, 1)
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
     group = torch.arange((M + 3) // 4, device=device)
     words = philox((group, row, head & _LOW, head >> 32), (seed & _LOW, (seed >> 32) & _LOW))
@@ -66,7 +68,3 @@ def threshold(dropout_p: float) -> int:
 def keep_scale(dropout_p: float) -> float:
     """1 / (1 − p), the factor of a kept entry; 0 when everything is dropped."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
