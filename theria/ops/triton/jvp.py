@@ -1,0 +1,91 @@
+"""Tangent of the output and of lse (README (10)-(12)): one program per block of query rows, over the keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from theria.ops.operands import AttentionSpec, Operands, Tangents
+from theria.ops.triton.dropout import drop, keep_factor
+from theria.ops.triton.launch import Frame, launch
+from theria.ops.triton.masks import key_range
+from theria.ops.triton.softmax import pivot, probabilities, product, scaled_scores, score_product
+from theria.ops.triton.tensors import at, at_row, coordinates, load, load_row, store, store_row
+from theria.ops.triton.tiles import select
+
+
+@triton.jit
+def _step(acc, tau, rows, keys, mask, seed, strides, lead, head, row, col, call, EDGE: tl.constexpr, S: tl.constexpr):
+    """One tile of keys: adds to (P̃∘tS)V + P̃tV and to tau."""
+    q, tq, pivots = rows
+    k_at, v_at, tk_at, tv_at = keys
+    EVEN: tl.constexpr = S.EVEN_M or not EDGE
+    k = load(k_at, col, call.M, strides.k, S.BLOCK_N, "D", EVEN, S)
+    tk = load(tk_at, col, call.M, strides.tk, S.BLOCK_N, "D", EVEN, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, False, S)
+    p = probabilities(x, pivots[:, None], q.dtype)
+    ts = score_product(tq, k, None, False, S)
+    ts = score_product(q, tk, ts, False, S)
+    keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
+    if ts is not None:
+        w = p * (ts * call.scale)
+        tau += tl.sum(w, 1)
+        v = load(v_at, col, call.M, strides.v, S.BLOCK_N, "E", EVEN, S)
+        acc = product(drop(w, keep).to(v.dtype), v, acc, S)
+    if tv_at is not None:
+        tv = load(tv_at, col, call.M, strides.tv, S.BLOCK_N, "E", EVEN, S)
+        acc = product(drop(p, keep).to(tv.dtype), tv, acc, S)
+    return acc, tau
+
+
+@triton.jit(do_not_specialize=["strides", "call"])
+def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, S: tl.constexpr):
+    """``to`` (*L, N, E) and ``tau`` (*L, N) of one block of rows."""
+    blocks = tl.cdiv(call.N, S.BLOCK_M)
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if S.CAUSAL:  # the longest first
+        block = blocks - 1 - block
+    row = block * S.BLOCK_M
+    lead = coordinates(head, call)
+    if seed is not None:
+        seed = tl.load(at(seed, strides.seed, lead, 1))
+    q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
+    tq_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
+    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), q_tile.dtype)
+    rows = (q_tile, tq_tile, pivots)
+    keys = (
+        at(k, strides.k, lead, S.VEC),
+        at(v, strides.v, lead, S.VEC),
+        at(tk, strides.tk, lead, S.VEC),
+        at(tv, strides.tv, lead, S.VEC),
+    )
+    acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
+    sums = tl.zeros((S.BLOCK_M,), tl.float32)
+    plain, end = key_range(row, call, S)
+    for col in range(0, plain, S.BLOCK_N):
+        acc, sums = _step(acc, sums, rows, keys, mask, seed, strides, lead, head, row, col, call, False, S)
+    if S.CAUSAL or not S.EVEN_M:
+        for col in range(plain, end, S.BLOCK_N):
+            acc, sums = _step(acc, sums, rows, keys, mask, seed, strides, lead, head, row, col, call, True, S)
+    if tq is not None or tk is not None:
+        o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
+        acc -= sums[:, None] * o_tile.to(tl.float32)
+    store(at(to, strides.to, lead, S.VEC), acc, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
+    store_row(at_row(tau, head, call), sums, row, call.N, S.BLOCK_M, S.EVEN_N)
+
+
+NAMES = ("q", "k", "v", "mask", "seed", "o", "tq", "tk", "tv", "to")
+
+
+def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """to, tau; see :func:`theria.ops.reference.jvp`."""
+    frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v)
+    tile = select("jvp", frame)
+    lse, tau = frame.rows(lse), frame.new_rows()
+    to = frame.new("to", "q", (*frame.lead, frame.N, frame.E))
+    tensors, strides, call, static = frame.describe(NAMES, tile)
+    programs = -(-frame.N // tile.rows) * frame.heads
+    launch(jvp_kernel, programs, frame, (*tensors, lse, tau, strides, call), static, tile)
+    return to, tau

@@ -1,0 +1,211 @@
+"""The host side of every kernel: what it is given, and its launch.
+
+:class:`Frame` brings the tensors of one call under one set of leading dimensions; :func:`launch` fills in what the
+compiler specialises on and starts the kernel on the tensors' device and the current stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theria.ops.dropout import keep_scale, threshold
+from theria.ops.operands import AttentionSpec, Operands, batch_shape, sum_to
+from theria.ops.triton.tensors import Call, Static, Strides
+from theria.ops.triton.tiles import Tile
+
+LEADING = 4  # leading dimensions that a kernel can address
+MAX_ROW_STRIDE = 2**22  # offsets inside a tile, of at most 256 rows, are 32-bit
+PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
+UNALIGNED = ("mask", "seed")  # addressed element by element
+
+Steps = tuple[tuple[int, ...], ...]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products are computed: float32 follows ``torch.get_float32_matmul_precision()``."""
+    return PRECISIONS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=4096)
+def collapse(sizes: tuple[int, ...], steps: Steps, keep_last: bool) -> tuple[tuple[int, ...], Steps] | None:
+    """Leading dimensions merged to four, and each tensor's strides over them; None where more would remain.
+
+    Two neighbours merge when every tensor walks through both with one stride. With ``keep_last`` the last one stays by
+    itself.
+    """
+    merged: list[tuple[int, tuple[int, ...]]] = []  # from the last dimension to the first
+    for dim in range(len(sizes) - 1, -1, -1):
+        size, strides = sizes[dim], tuple(step[dim] for step in steps)
+        if keep_last and not merged:
+            merged.append((size, strides))
+        elif size != 1:
+            inner = merged[-1] if len(merged) > keep_last else None
+            if inner and all(s == i * inner[0] for s, i in zip(strides, inner[1], strict=True)):
+                merged[-1] = (size * inner[0], inner[1])
+            else:
+                merged.append((size, strides))
+    if len(merged) > LEADING:
+        return None
+    merged += [(1, (0,) * len(steps))] * (LEADING - len(merged))
+    merged.reverse()
+    return tuple(size for size, _ in merged), tuple(zip(*(strides for _, strides in merged), strict=True))
+
+
+class Frame:
+    """The tensors of one call under one set of leading dimensions.
+
+    Args:
+        ops: canonical operands.
+        spec: the call.
+        tensors: by the names of :class:`Strides`, what kernels read besides the operands; None for absent ones.
+
+    Attributes:
+        lead: the broadcast leading shape of all of them; ``heads`` its number of elements.
+        N, M, D, E: rows, keys, widths of queries and values.
+    """
+
+    def __init__(self, ops: Operands, spec: AttentionSpec, **tensors: Tensor | None) -> None:
+        mask = ops.mask.view(torch.uint8) if ops.mask is not None and ops.mask.dtype == torch.bool else ops.mask
+        given = {"q": ops.q, "k": ops.k, "v": ops.v, **tensors}
+        self.tensors = {name: _readable(x) for name, x in given.items() if x is not None}
+        self.tensors |= {name: x for name, x in (("mask", mask), ("seed", ops.seed)) if x is not None}
+        self.spec = spec
+        self.lead = batch_shape(*self.tensors.values())
+        self.heads = self.lead.numel()
+        (self.N, self.D), (self.M, self.E) = ops.q.shape[-2:], ops.v.shape[-2:]
+        self.dtype, self.device = ops.q.dtype, ops.q.device
+        self._make_addressable()
+
+    def _make_addressable(self) -> None:
+        """Copy what more than four leading dimensions keep from being read in place (nested ``vmap`` at its worst)."""
+        copies: tuple[Callable[[Tensor], Tensor], ...] = (
+            lambda x: x,
+            lambda x: x.contiguous(),
+            lambda x: x.expand(*self.lead, *x.shape[-2:]).contiguous(),
+        )
+        whole = torch.empty(*self.lead, 1, 1, device="meta").stride()[:-2]
+        for copy in copies if len(self.lead) > LEADING else ():
+            self.tensors = {name: copy(x) for name, x in self.tensors.items()}
+            steps = (whole, *(_steps(x) for x in self.tensors.values()))
+            if collapse(tuple(self.lead), steps, True) is not None:
+                break
+
+    def rows(self, x: Tensor) -> Tensor:
+        """A row statistic as kernels read it: contiguous (*L, N)."""
+        return x.expand(*self.lead, self.N).contiguous()
+
+    def new_rows(self) -> Tensor:
+        """An uninitialised row statistic (*L, N)."""
+        return torch.empty((*self.lead, self.N), dtype=torch.float32, device=self.device)
+
+    def new(self, name: str, like: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor that a kernel writes, with the order of dimensions of the tensor ``like``."""
+        x = self.tensors[name] = _empty_in_order(self.tensors[like], tuple(shape), dtype or self.dtype)
+        return x
+
+    def new_cotangent(self, name: str, shape: torch.Size | None, grouped: bool = False) -> Tensor | None:
+        """What a kernel writes for the wanted cotangent ``name`` ("dq", "dk", "dv") of every head.
+
+        It is float32 where :meth:`finish` then sums over broadcast dimensions.
+        """
+        if shape is None:
+            return None
+        full = (*self.lead[:-1], 1, *shape[-2:]) if grouped else (*self.lead, *shape[-2:])
+        return self.new(name, name[-1], full, self.dtype if full == tuple(shape) else torch.float32)
+
+    def finish(self, x: Tensor | None, shape: torch.Size | None) -> Tensor | None:
+        """A wanted cotangent from what the kernel wrote."""
+        return None if x is None or shape is None else sum_to(x, shape).to(self.dtype)
+
+    def sums_last(self, *shapes: torch.Size | None) -> bool:
+        """Whether every wanted cotangent is a sum over the last leading dimension (grouped queries)."""
+        wanted = [shape for shape in shapes if shape is not None]
+        return bool(self.lead) and self.lead[-1] > 1 and bool(wanted) and all(shape[-3] == 1 for shape in wanted)
+
+    def describe(
+        self, names: Sequence[str], tile: Tile, grouped: bool = False
+    ) -> tuple[list[Tensor | None], Strides, Call, Static]:
+        """The named tensors (None where absent), their strides, the numbers of the call, what to compile for."""
+        present = {name: self.tensors[name] for name in names if name in self.tensors}
+        merged = collapse(tuple(self.lead), tuple(_steps(x) for x in present.values()), grouped)
+        assert merged is not None, "outputs have the order of dimensions of an input or are contiguous"
+        sizes, walked = merged
+        strides = {name: (*lead, *_inner(name, x)) for (name, x), lead in zip(present.items(), walked, strict=True)}
+        operands = [name for name in present if name not in UNALIGNED]
+        vec = _vec(self.dtype, [present[name] for name in operands], [strides[name] for name in operands])
+        strides |= {name: tuple(s // vec for s in strides[name]) for name in operands}
+        p, heads = self.spec.dropout_p, max(torch.Size(self.spec.heads).numel(), 1)
+        call = Call(self.spec.scale, self.N, self.M, *sizes[1:], heads, threshold(p), keep_scale(p))
+        static = Static(
+            D=self.D,
+            E=self.E,
+            BLOCK_D=max(power_of_two(self.D), 16),
+            BLOCK_E=max(power_of_two(self.E), 16),
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.keys,
+            CAUSAL=self.spec.is_causal,
+            EVEN_N=self.N % tile.rows == 0,
+            EVEN_M=self.M % tile.keys == 0,
+            VEC=vec,
+            PRECISION=precision(self.dtype),
+            GROUPED=grouped,
+        )
+        return [self.tensors.get(name) for name in names], Strides(**strides), call, static
+
+
+def launch(kernel: Any, programs: int, frame: Frame, args: Sequence[Any], static: Static, tile: Tile) -> None:
+    """Start ``programs`` programs of a kernel; ``args`` are its arguments before ``S``."""
+    if programs == 0:
+        return
+    options = {"S": static, "num_warps": tile.warps, "num_stages": tile.stages}
+    if frame.device.type == "cuda" and frame.device.index != torch.cuda.current_device():
+        with torch.cuda.device(frame.device):
+            kernel[(programs,)](*args, **options)
+    else:
+        kernel[(programs,)](*args, **options)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A tensor whose last dimension has stride one and whose tiles 32-bit offsets reach: x itself almost always."""
+    if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(-2) < MAX_ROW_STRIDE:
+        return x
+    return x.contiguous()
+
+
+def _steps(x: Tensor) -> tuple[int, ...]:
+    """Strides over the leading dimensions, 0 where x is broadcast."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True))
+
+
+def _inner(name: str, x: Tensor) -> tuple[int, ...]:
+    """Strides over rows (and columns of a mask)."""
+    if name == "seed":
+        return ()
+    row = 0 if x.shape[-2] == 1 else x.stride(-2)
+    return (row, 0 if x.shape[-1] == 1 else x.stride(-1)) if name == "mask" else (row,)
+
+
+def _vec(dtype: torch.dtype, tensors: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> int:
+    """Elements in 16 bytes where every row of every tensor starts at a multiple of 16 bytes, else 1."""
+    vec = 16 // dtype.itemsize
+    aligned = all(x.data_ptr() % 16 == 0 and x.dtype.itemsize >= dtype.itemsize for x in tensors)
+    return vec if aligned and not any(s % vec for steps in strides for s in steps) else 1
+
+
+def _empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor with the order of dimensions of ``like`` where their leading shapes agree."""
+    if like.shape[:-1] != shape[:-1] or like.is_contiguous():
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    order = sorted(range(len(shape)), key=lambda dim: (-like.stride(dim), dim))
+    back = [order.index(dim) for dim in range(len(shape))]
+    return torch.empty([shape[dim] for dim in order], dtype=dtype, device=like.device).permute(back)

@@ -1,0 +1,67 @@
+"""Which keys a row sees: causality, the end of the keys, boolean and additive masks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from theria.ops.triton.tensors import at
+
+
+@triton.jit
+def mask_scores(
+    x, mask, strides, lead, row, col, call, EDGE: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, S: tl.constexpr
+):
+    """Scores of the tile at (row, col), −inf where a row does not see a key.
+
+    Args:
+        x: scores times UNIT, (S.BLOCK_M, S.BLOCK_N), with TRANSPOSED (S.BLOCK_N, S.BLOCK_M).
+        mask: bool (as bytes) or additive, or None; row and column strides of 0 broadcast it.
+        EDGE: the diagonal or the end of the keys may cross the tile.
+    """
+    if mask is None and not EDGE:
+        return x
+    else:
+        rows = row + tl.arange(0, S.BLOCK_M)
+        cols = col + tl.arange(0, S.BLOCK_N)
+        if TRANSPOSED:
+            rows, cols = rows[None, :], cols[:, None]
+        else:
+            rows, cols = rows[:, None], cols[None, :]
+        if mask is not None:
+            entries = at(mask, strides.mask, lead, 1)
+            entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
+            exists = (rows < call.N) & (cols < call.M)
+            if mask.dtype.element_ty.is_floating():
+                x += tl.load(entries, mask=exists, other=0.0).to(tl.float32) * UNIT
+            else:
+                x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
+        if EDGE and not S.EVEN_M:
+            x = tl.where(cols < call.M, x, float("-inf"))
+        if EDGE and S.CAUSAL:
+            x = tl.where(rows >= cols, x, float("-inf"))
+        return x
+
+
+@triton.jit
+def key_range(row, call, S: tl.constexpr):
+    """(plain, end) for the rows from ``row``: they see no key from ``end`` on; no diagonal and no end of the keys
+    crosses the tiles before ``plain``."""
+    end = call.M
+    plain = call.M // S.BLOCK_N * S.BLOCK_N
+    if S.CAUSAL:
+        end = tl.minimum(end, row + S.BLOCK_M)
+        plain = tl.minimum(plain, (row + 1) // S.BLOCK_N * S.BLOCK_N)
+    return plain, end
+
+
+@triton.jit
+def row_range(col, call, S: tl.constexpr):
+    """(start, plain) for the keys from ``col``: no row before ``start`` sees them; the diagonal crosses no tile of rows
+    from ``plain`` on. Both are multiples of BLOCK_M."""
+    start = 0
+    plain = 0
+    if S.CAUSAL:
+        start = tl.minimum(col // S.BLOCK_M * S.BLOCK_M, call.N)
+        plain = tl.minimum(tl.cdiv(col + S.BLOCK_N - 1, S.BLOCK_M) * S.BLOCK_M, tl.cdiv(call.N, S.BLOCK_M) * S.BLOCK_M)
+    return start, plain

@@ -1,0 +1,193 @@
+"""What a kernel is given, and how it addresses its tensors: any strides, four leading dimensions, past 2³¹ elements.
+
+A (*L, N, D) tensor is a pointer and its :class:`Strides` entry ``(s0, s1, s2, s3, row)`` in units of ``S.VEC``
+elements; its last dimension has stride one. A broadcast leading dimension (grouped queries, an operand that ``vmap``
+leaves unbatched) has stride 0. Row statistics are contiguous (*L, N). An absent tensor is None, and what would be
+computed from it is not compiled.
+
+``head`` counts the leading index, ``lead`` is the same as four coordinates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Strides(NamedTuple):
+    """Strides of every tensor that a kernel may be given; None for an absent one."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    mask: Any = None  # (s0, s1, s2, s3, row, column), in elements
+    seed: Any = None  # in elements
+    o: Any = None
+    do: Any = None
+    tq: Any = None
+    tk: Any = None
+    tv: Any = None
+    tdo: Any = None
+    to: Any = None
+    tq2: Any = None
+    tk2: Any = None
+    tv2: Any = None
+    ttq: Any = None
+    ttk: Any = None
+    ttv: Any = None
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+
+
+class Call(NamedTuple):
+    """The numbers of a call that do not make another kernel."""
+
+    scale: Any
+    N: Any
+    M: Any
+    L1: Any  # sizes of the last three leading dimensions
+    L2: Any
+    L3: Any
+    heads: Any  # number of logical heads, for dropout
+    threshold: Any  # smallest random word that is kept
+    keep_scale: Any  # 1 / (1 − p)
+
+
+@dataclass(frozen=True)
+class Static:
+    """What makes another kernel. ``S`` in their code.
+
+    Attributes:
+        D, E: head dimensions of queries and values.
+        BLOCK_D, BLOCK_E: the powers of two, at least 16, that hold them.
+        BLOCK_M, BLOCK_N: rows and keys of a tile.
+        CAUSAL: row n sees the keys up to n.
+        EVEN_N, EVEN_M: the tiles divide the rows, the keys.
+        VEC: elements in 16 bytes when every address of the call divides by 16 bytes, else 1.
+        PRECISION: what ``tl.dot`` does with float32 operands.
+        GROUPED: sum the cotangents of keys and values over the last leading dimension (grouped queries).
+    """
+
+    D: int
+    E: int
+    BLOCK_D: int
+    BLOCK_E: int
+    BLOCK_M: int
+    BLOCK_N: int
+    CAUSAL: bool
+    EVEN_N: bool
+    EVEN_M: bool
+    VEC: int
+    PRECISION: str
+    GROUPED: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, tl.constexpr(getattr(self, field.name)))
+
+
+@triton.jit
+def coordinates(head, call):
+    """The four coordinates of a leading index, in 64 bits."""
+    head = tl.cast(head, tl.int64)
+    i3 = head % call.L3
+    head = head // call.L3
+    i2 = head % call.L2
+    head = head // call.L2
+    return head // call.L1, head % call.L1, i2, i3
+
+
+@triton.jit
+def at(pointer, strides, lead, VEC: tl.constexpr):
+    """Address of the first element of one head; None for an absent tensor."""
+    if pointer is None:
+        return
+    else:
+        i0, i1, i2, i3 = lead
+        return pointer + (i0 * strides[0] + i1 * strides[1] + i2 * strides[2] + i3 * strides[3]) * VEC
+
+
+@triton.jit
+def at_row(pointer, head, call):
+    """Address of the first row statistic of one head; None for an absent one."""
+    if pointer is None:
+        return
+    else:
+        return pointer + tl.cast(head, tl.int64) * call.N
+
+
+@triton.jit
+def _addresses(base, start, strides, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, VEC: tl.constexpr):
+    """Addresses (BLOCK, BLOCK_W) of the rows from ``start``; only offsets inside the tile are 32-bit."""
+    row = strides[4] * VEC
+    first = base + tl.cast(start, tl.int64) * row
+    return first + (tl.arange(0, BLOCK)[:, None] * row + tl.arange(0, BLOCK_W)[None, :])
+
+
+@triton.jit
+def _inside(start, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(BLOCK, BLOCK_W): which elements of a tile exist."""
+    rows = start + tl.arange(0, BLOCK) < count
+    return rows[:, None] & (tl.arange(0, BLOCK_W) < WIDTH)[None, :]
+
+
+@triton.jit
+def load(base, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, S: tl.constexpr):
+    """Rows [start, start + BLOCK) of one head, zero outside; None for an absent tensor.
+
+    Args:
+        count: number of rows of the tensor.
+        WIDTH: "D" or "E".
+        EVEN: all rows of the tile exist.
+    """
+    if base is None:
+        return
+    else:
+        SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
+        BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+        addresses = _addresses(base, start, strides, BLOCK, BLOCK_W, S.VEC)
+        if EVEN and SIZE == BLOCK_W:
+            return tl.load(addresses)
+        elif EVEN:
+            return tl.load(addresses, mask=(tl.arange(0, BLOCK_W) < SIZE)[None, :], other=0.0)
+        else:
+            return tl.load(addresses, mask=_inside(start, count, BLOCK, SIZE, BLOCK_W), other=0.0)
+
+
+@triton.jit
+def store(
+    base, x, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, S: tl.constexpr
+):
+    """Write ``x`` to the rows [start, start + BLOCK) of one head, where they exist, in the tensor's dtype."""
+    SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
+    BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+    addresses = _addresses(base, start, strides, BLOCK, BLOCK_W, S.VEC)
+    x = x.to(base.dtype.element_ty)
+    if EVEN and SIZE == BLOCK_W:
+        tl.store(addresses, x)
+    else:
+        tl.store(addresses, x, mask=_inside(start, count, BLOCK, SIZE, BLOCK_W))
+
+
+@triton.jit
+def load_row(base, start, count, other, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """Row statistics of the rows [start, start + BLOCK) of one head, ``other`` where there is no row."""
+    rows = start + tl.arange(0, BLOCK)
+    if EVEN:
+        return tl.load(base + rows)
+    else:
+        return tl.load(base + rows, mask=rows < count, other=other)
+
+
+@triton.jit
+def store_row(base, x, start, count, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """Write a row statistic."""
+    rows = start + tl.arange(0, BLOCK)
+    if EVEN:
+        tl.store(base + rows, x)
+    else:
+        tl.store(base + rows, x, mask=rows < count)
