@@ -1,0 +1,152 @@
+"""Mixed second tangent of the output (README (19)-(22)): one program per block of query rows, over the keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from theria.ops.operands import AttentionSpec, Operands, Tangents
+from theria.ops.triton.dropout import drop, keep_factor
+from theria.ops.triton.launch import Frame, launch
+from theria.ops.triton.masks import key_range
+from theria.ops.triton.softmax import pivot, probabilities, product, scaled_scores, score_product
+from theria.ops.triton.tensors import at, at_row, coordinates, load, load_row, store
+from theria.ops.triton.tiles import select
+
+
+@triton.jit
+def _centred(tq, k, q, tk, tau, call, S: tl.constexpr):
+    """U = tS − tau (20) of one direction; None where it moves neither q nor k."""
+    ts = score_product(tq, k, None, False, S)
+    ts = score_product(q, tk, ts, False, S)
+    if ts is None:
+        return
+    else:
+        return ts * call.scale - tau[:, None]
+
+
+@triton.jit
+def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S: tl.constexpr):
+    """X (20); None where nothing bends the scores."""
+    tts = score_product(tq1, tk2, None, False, S)
+    tts = score_product(tq2, tk1, tts, False, S)
+    tts = score_product(ttq, k, tts, False, S)
+    tts = score_product(q, ttk, tts, False, S)
+    if u1 is not None and u2 is not None:
+        if tts is None:
+            return u1 * u2
+        else:
+            return u1 * u2 + tts * call.scale
+    elif tts is None:
+        return
+    else:
+        return tts * call.scale
+
+
+@triton.jit
+def _add(acc, weight, base, keep, col, call, strides, EVEN: tl.constexpr, S: tl.constexpr):
+    """acc + (R∘weight) v with the values or tangents of values at ``base``; ``acc`` where either is absent."""
+    if weight is None or base is None:
+        return acc
+    else:
+        v = load(base, col, call.M, strides, S.BLOCK_N, "E", EVEN, S)
+        return product(drop(weight, keep).to(v.dtype), v, acc, S)
+
+
+@triton.jit
+def _times(x, p):
+    """p∘x; None where x is absent."""
+    if x is None:
+        return
+    else:
+        return x * p
+
+
+@triton.jit
+def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, mask, seed, strides, lead, head, row, col,
+          call, EDGE: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """One tile of keys: adds to (22) without its second term, and to rowsum(P∘X)."""
+    EVEN: tl.constexpr = S.EVEN_M or not EDGE
+    k_at, tk1_at, tk2_at, ttk_at = keys
+    v_at, tv1_at, tv2_at, ttv_at = values
+    k = load(at(k_at, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", EVEN, S)
+    tk1 = load(at(tk1_at, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", EVEN, S)
+    tk2 = load(at(tk2_at, strides.tk2, lead, S.VEC), col, call.M, strides.tk2, S.BLOCK_N, "D", EVEN, S)
+    ttk = load(at(ttk_at, strides.ttk, lead, S.VEC), col, call.M, strides.ttk, S.BLOCK_N, "D", EVEN, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, False, S)
+    p = probabilities(x, pivots[:, None], q.dtype)
+    keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
+    u1 = _centred(tq1, k, q, tk1, tau1, call, S)
+    u2 = _centred(tq2, k, q, tk2, tau2, call, S)
+    w = _times(_curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S), p)
+    if w is not None:
+        sums += tl.sum(w, 1)
+    acc = _add(acc, w, at(v_at, strides.v, lead, S.VEC), keep, col, call, strides.v, EVEN, S)
+    acc = _add(acc, _times(u1, p), at(tv2_at, strides.tv2, lead, S.VEC), keep, col, call, strides.tv2, EVEN, S)
+    acc = _add(acc, _times(u2, p), at(tv1_at, strides.tv, lead, S.VEC), keep, col, call, strides.tv, EVEN, S)
+    acc = _add(acc, p, at(ttv_at, strides.ttv, lead, S.VEC), keep, col, call, strides.ttv, EVEN, S)
+    return acc, sums
+
+
+@triton.jit(do_not_specialize=["strides", "call"])
+def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, ttv, to,
+                   lse, tau1, tau2, strides, call, S: tl.constexpr):  # fmt: skip
+    """``to`` (*L, N, E), the mixed tangent, of one block of rows."""
+    blocks = tl.cdiv(call.N, S.BLOCK_M)
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if S.CAUSAL:  # the longest first
+        block = blocks - 1 - block
+    row = block * S.BLOCK_M
+    lead = coordinates(head, call)
+    if seed is not None:
+        seed = tl.load(at(seed, strides.seed, lead, 1))
+    q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
+    tq1_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
+    tq2_tile = load(at(tq2, strides.tq2, lead, S.VEC), row, call.N, strides.tq2, S.BLOCK_M, "D", S.EVEN_N, S)
+    ttq_tile = load(at(ttq, strides.ttq, lead, S.VEC), row, call.N, strides.ttq, S.BLOCK_M, "D", S.EVEN_N, S)
+    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), q_tile.dtype)
+    tau1_row = load_row(at_row(tau1, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
+    tau2_row = load_row(at_row(tau2, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
+    keys = (k, tk, tk2, ttk)
+    values = (v, tv, tv2, ttv)
+    acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
+    sums = tl.zeros((S.BLOCK_M,), tl.float32)
+    plain, end = key_range(row, call, S)
+    for col in range(0, plain, S.BLOCK_N):
+        acc, sums = _step(acc, sums, q_tile, tq1_tile, tq2_tile, ttq_tile, pivots, tau1_row, tau2_row, keys, values,
+                          mask, seed, strides, lead, head, row, col, call, False, S)  # fmt: skip
+    if S.CAUSAL or not S.EVEN_M:
+        for col in range(plain, end, S.BLOCK_N):
+            acc, sums = _step(acc, sums, q_tile, tq1_tile, tq2_tile, ttq_tile, pivots, tau1_row, tau2_row, keys,
+                              values, mask, seed, strides, lead, head, row, col, call, True, S)  # fmt: skip
+    o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
+    acc -= sums[:, None] * o_tile.to(tl.float32)
+    store(at(to, strides.to, lead, S.VEC), acc, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
+
+
+NAMES = ("q", "k", "v", "mask", "seed", "o", "tq", "tk", "tv", "tq2", "tk2", "tv2", "ttq", "ttk", "ttv", "to")
+
+
+def jvp_jvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    t1: Tangents,
+    t2: Tangents,
+    t12: Tangents,
+    tau1: Tensor,
+    tau2: Tensor,
+    spec: AttentionSpec,
+) -> Tensor:
+    """tto; see :func:`theria.ops.reference.jvp_jvp`."""
+    moved = {"tq": t1.q, "tk": t1.k, "tv": t1.v, "tq2": t2.q, "tk2": t2.k, "tv2": t2.v}
+    frame = Frame(ops, spec, o=o, **moved, ttq=t12.q, ttk=t12.k, ttv=t12.v)
+    tile = select("jvp_jvp", frame)
+    rows = tuple(frame.rows(x) for x in (lse, tau1, tau2))
+    tto = frame.new("to", "q", (*frame.lead, frame.N, frame.E))
+    tensors, strides, call, static = frame.describe(NAMES, tile)
+    programs = -(-frame.N // tile.rows) * frame.heads
+    launch(jvp_jvp_kernel, programs, frame, (*tensors, *rows, strides, call), static, tile)
+    return tto
