@@ -103,52 +103,48 @@ def vjp_dq_kernel(q, k, v, mask, seed, do, dq, lse, delta, strides, call, S: tl.
 
 @triton.jit
 def _dkv_step(
-    acc_k, acc_v, keys, rows, mask, seed, strides, lead, head, row, col, call,
+    acc_k, acc_v, keys, rows, lse, delta, mask, seed, strides, lead, head, row, col, call,
     EDGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows: adds dSᵀQ and P̃ᵀdO. Tiles of scores are (keys, rows)."""
     k, v = keys
-    q_at, do_at, lse_at, delta_at = rows
+    q_at, do_at = rows
     q = load(q_at, row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
     do = load(do_at, row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
     # a row past the end has lse = ∞ and with it P = 0
-    pivots = pivot(load_row(lse_at, row, call.N, float("inf"), S.BLOCK_M, S.EVEN_N), q.dtype)
+    pivots = pivot(load_row(lse, row, call.N, float("inf"), S.BLOCK_M, S.EVEN_N), q.dtype)
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, True, S)
     p = probabilities(x, pivots[None, :], q.dtype)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, True)
     if DV:
         acc_v = product(drop(p, keep).to(do.dtype), do, acc_v, S)
     if DK:
-        delta = load_row(delta_at, row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
-        ds = p * (drop(score_product(do, v, None, True, S), keep) - delta[None, :])
+        centre = load_row(delta, row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
+        ds = p * (drop(score_product(do, v, None, True, S), keep) - centre[None, :])
         acc_k = product(ds.to(q.dtype), q, acc_k, S)
     return acc_k, acc_v
 
 
 @triton.jit
 def _dkv_head(
-    acc_k, acc_v, keys, rows, mask, seed, strides, lead, head, col, call,
+    acc_k, acc_v, keys, q, do, lse, delta, mask, seed, strides, lead, head, col, call,
     DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """What the rows of one query head add to a block of keys."""
-    q, do, lse, delta = rows
-    rows = (
-        at(q, strides.q, lead, S.VEC),
-        at(do, strides.do, lead, S.VEC),
-        at_row(lse, head, call),
-        at_row(delta, head, call),
-    )
+    rows = (at(q, strides.q, lead, S.VEC), at(do, strides.do, lead, S.VEC))
+    lse = at_row(lse, head, call)
+    delta = at_row(delta, head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
     start, plain = row_range(col, call, S)
     if S.CAUSAL:
         for row in range(start, plain, S.BLOCK_M):
             acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, keys, rows, mask, seed, strides, lead, head, row, col, call, True, DK, DV, S
+                acc_k, acc_v, keys, rows, lse, delta, mask, seed, strides, lead, head, row, col, call, True, DK, DV, S
             )
     for row in range(plain, call.N, S.BLOCK_M):
         acc_k, acc_v = _dkv_step(
-            acc_k, acc_v, keys, rows, mask, seed, strides, lead, head, row, col, call, False, DK, DV, S
+            acc_k, acc_v, keys, rows, lse, delta, mask, seed, strides, lead, head, row, col, call, False, DK, DV, S
         )
     return acc_k, acc_v
 
@@ -167,17 +163,18 @@ def vjp_dkv_kernel(q, k, v, mask, seed, do, dk, dv, lse, delta, strides, call, S
     k_tile = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
     v_tile = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
     keys = (k_tile, v_tile)
-    rows = (q, do, lse, delta)
     acc_k = tl.zeros((S.BLOCK_N, S.BLOCK_D) if DK else (1, 1), tl.float32)
     acc_v = tl.zeros((S.BLOCK_N, S.BLOCK_E) if DV else (1, 1), tl.float32)
     if S.GROUPED:
         for g in range(call.L3):
             acc_k, acc_v = _dkv_head(
-                acc_k, acc_v, keys, rows, mask, seed, strides, coordinates(head + g, call), head + g, col, call,
-                DK, DV, S,
+                acc_k, acc_v, keys, q, do, lse, delta, mask, seed, strides, coordinates(head + g, call), head + g, col,
+                call, DK, DV, S,
             )  # fmt: skip
     else:
-        acc_k, acc_v = _dkv_head(acc_k, acc_v, keys, rows, mask, seed, strides, lead, head, col, call, DK, DV, S)
+        acc_k, acc_v = _dkv_head(
+            acc_k, acc_v, keys, q, do, lse, delta, mask, seed, strides, lead, head, col, call, DK, DV, S
+        )
     if DK:
         store(at(dk, strides.dk, lead, S.VEC), acc_k * call.scale, col, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, S)
     if DV:
