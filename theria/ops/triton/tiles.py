@@ -1,8 +1,20 @@
-"""Tile shapes by kernel, head width, dtype, causality and architecture. Written by ``scripts/tune.py``."""
+"""Tile shapes by kernel, head width, dtype, causality and architecture.
+
+The measured ones are data in :mod:`theria.ops.triton.tile_table`, which ``scripts/tune.py`` writes. What is not in the
+table, another chip among it, gets a safe default: small enough for 99 KB of shared memory, the least of any chip since
+sm_80.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+import torch
+
+from theria.ops.triton.tile_table import TABLE
 
 
 class Tile(NamedTuple):
@@ -15,7 +27,109 @@ class Tile(NamedTuple):
     split: bool = False  # cotangents of keys and of values by two launches: fewer accumulators a program
 
 
+class Key(NamedTuple):
+    """What a tile is chosen by.
+
+    Attributes:
+        kernel: its name; with the suffix "_all" where tdO is given besides the tangents.
+        width: the power of two, 16 to 256, that holds the wider of the two head dimensions.
+        kind: "half" (bfloat16, float16) or "float".
+        causal: whether rows see the keys up to themselves.
+        arch: compute capability, 90 for 9.0; 0 where there is no CUDA device.
+    """
+
+    kernel: str
+    width: int
+    kind: str
+    causal: bool
+    arch: int
+
+
+INTERPRETER = Tile(64, 64, 1, 1)  # there a tile costs the same at any size: few large ones
+# By kind and width. 64 rows and 4 warps are the least for which Hopper's wgmma is used.
+DEFAULTS = {
+    "half": {
+        16: Tile(64, 64, 4, 2),
+        32: Tile(64, 64, 4, 2),
+        64: Tile(64, 64, 4, 1),
+        128: Tile(64, 32, 4, 1),
+        256: Tile(32, 16, 4, 1),
+    },
+    "float": {
+        16: Tile(64, 64, 4, 1),
+        32: Tile(64, 32, 4, 1),
+        64: Tile(32, 32, 4, 1),
+        128: Tile(32, 16, 4, 1),
+        256: Tile(16, 16, 4, 1),
+    },
+}
+LEAST, LARGEST = 16, 256
+VARIANT = "_all"
+
+_overrides: dict[str, Tile] = {}
+
+
+def kind(dtype: torch.dtype) -> str:
+    return "float" if dtype == torch.float32 else "half"
+
+
+def power_of_two(n: int) -> int:
+    """The smallest tile side that holds ``n``, within the sides that a tile may have."""
+    return min(max(1 << max(n - 1, 0).bit_length(), LEAST), LARGEST)
+
+
+@lru_cache
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number; 0 for what is no CUDA device."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def lookup(key: Key) -> Tile:
+    """The tile of the table, else a default that works on every chip."""
+    measured = TABLE.get(key) or TABLE.get(key._replace(kernel=key.kernel.removesuffix(VARIANT)))
+    if measured:
+        return Tile(*measured)
+    tile = DEFAULTS[key.kind][key.width]
+    # the outer side, which keeps its operands and accumulators, is the longer one
+    return tile._replace(rows=tile.keys, keys=tile.rows) if "dkv" in key.kernel else tile
+
+
+def shrink(tile: Tile, rows: int, keys: int, width: int) -> Tile:
+    """A tile no larger than the call, and warps no more than its smaller products keep busy."""
+    rows, keys = min(tile.rows, rows), min(tile.keys, keys)
+    if rows == tile.rows and keys == tile.keys:
+        return tile
+    busy = max(rows * keys // 1024, max(rows, keys) * width // 2048, 1)
+    return tile._replace(rows=rows, keys=keys, warps=min(tile.warps, busy))
+
+
+@lru_cache(maxsize=4096)
+def choose(key: Key, rows: int, keys: int) -> Tile:
+    """The tile of a call whose rows and keys a tile of these sides holds."""
+    tile = lookup(key) if key.arch else INTERPRETER
+    return shrink(tile, rows, keys, key.width)
+
+
 def select(kernel: str, frame: Any) -> Tile:
-    """The tile of a kernel for a call."""
-    N, M = frame.N, frame.M
-    return Tile(min(64, max(16, 1 << (N - 1).bit_length())), min(64, max(16, 1 << (M - 1).bit_length())), 4, 2)
+    """The tile of a kernel for a call (:class:`theria.ops.triton.launch.Frame`)."""
+    if kernel in _overrides:
+        return _overrides[kernel]
+    name = kernel + VARIANT if "tdo" in frame.tensors else kernel
+    width = power_of_two(max(frame.D, frame.E))
+    key = Key(name, width, kind(frame.dtype), frame.spec.is_causal, architecture(frame.device))
+    return choose(key, power_of_two(frame.N), power_of_two(frame.M))
+
+
+@contextmanager
+def override(kernel: str, tile: Tile) -> Iterator[None]:
+    """Inside, every call of ``kernel`` uses ``tile`` (of the whole process: backward has threads of its own)."""
+    before = dict(_overrides)
+    _overrides[kernel] = tile
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)

@@ -1,0 +1,206 @@
+"""One problem for every fused kernel: the call of its host function, its truth, and its launches one by one.
+
+A kernel has the name by which :mod:`theria.ops.triton.tiles` knows it. What is done with a launch is up to the caller:
+:mod:`theria.testing.compile` compiles it for a chip that need not be there, ``scripts/tune.py`` times it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from theria.ops import reference
+from theria.ops.operands import AttentionSpec, Operands, Tangents, default_scale
+
+
+class Launch(NamedTuple):
+    """The arguments of :func:`theria.ops.triton.launch.launch`."""
+
+    kernel: Any
+    programs: int
+    frame: Any
+    args: Sequence[Any]
+    static: Any
+    tile: Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Canonical operands (B, H, N, D) of one call with everything that any rule is given."""
+
+    ops: Operands
+    spec: AttentionSpec
+    o: Tensor
+    lse: Tensor
+    do: Tensor
+    t: Tangents
+    t2: Tangents
+    t12: Tangents
+    tdo: Tensor
+    to: Tensor
+    tau: Tensor
+    tau2: Tensor
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Problem:
+        """The problem with every tensor changed."""
+
+        def each(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return type(x)._make(None if y is None else f(y) for y in x)  # type: ignore[attr-defined]
+            return f(x) if isinstance(x, Tensor) else x
+
+        return replace(self, **{field.name: each(getattr(self, field.name)) for field in fields(self)})
+
+    def head(self, batch: int, head: int) -> Problem:
+        """One head of it."""
+        return self.map(lambda x: x[batch : batch + 1, head : head + 1])
+
+
+def make_problem(
+    shape: tuple[int, int, int, int, int, int],
+    dtype: torch.dtype,
+    causal: bool = False,
+    device: str = "cpu",
+) -> Problem:
+    """A random problem of shape (B, H, N, M, D, E); on "meta" one without values."""
+    B, H, N, M, D, E = shape
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+    def q() -> Tensor:
+        return torch.randn(B, H, N, D, dtype=dtype, device=device, generator=generator)
+
+    def k() -> Tensor:
+        return torch.randn(B, H, M, D, dtype=dtype, device=device, generator=generator)
+
+    def v(rows: int = M) -> Tensor:
+        return torch.randn(B, H, rows, E, dtype=dtype, device=device, generator=generator)
+
+    def row() -> Tensor:
+        return torch.empty(B, H, N, dtype=torch.float32, device=device)
+
+    spec = AttentionSpec("triton", default_scale(D), causal)
+    ops, t, t2, t12 = (Operands(q(), k(), v(), None, None), *(Tangents(q(), k(), v()) for _ in range(3)))
+    o, to = (torch.empty(B, H, N, E, dtype=dtype, device=device) for _ in range(2))
+    problem = Problem(ops, spec, o, row(), v(N), t, t2, t12, v(N), to, row(), row())
+    if device != "meta":
+        _fill_residuals(problem)
+    return problem
+
+
+def _fill_residuals(problem: Problem) -> None:
+    """o, lse, to and tau by the reference in float32, head by head."""
+    B, H = problem.o.shape[:2]
+    for b, h in product(range(B), range(H)):
+        whole, p = problem.head(b, h), problem.head(b, h).map(Tensor.float)
+        o, lse = reference.forward(p.ops, p.spec)
+        to, tau = reference.jvp(p.ops, o, lse, p.t, p.spec)
+        _, tau2 = reference.jvp(p.ops, o, lse, p.t2, p.spec)
+        for target, x in ((whole.o, o), (whole.lse, lse), (whole.to, to), (whole.tau, tau), (whole.tau2, tau2)):
+            target.copy_(x)
+
+
+def _forward(p: Problem) -> tuple[Any, ...]:
+    return p.ops, p.spec
+
+
+def _jvp(p: Problem) -> tuple[Any, ...]:
+    return p.ops, p.o, p.lse, p.t, p.spec
+
+
+def _jvp_jvp(p: Problem) -> tuple[Any, ...]:
+    return p.ops, p.o, p.lse, p.t, p.t2, p.t12, p.tau, p.tau2, p.spec
+
+
+def _vjp(wanted: str) -> Callable[[Problem], tuple[Any, ...]]:
+    return lambda p: (p.ops, p.o, p.lse, p.do, p.spec, _shapes(p, wanted))
+
+
+def _hvp(wanted: str, tdo: bool) -> Callable[[Problem], tuple[Any, ...]]:
+    return lambda p: (
+        *(p.ops, p.o, p.lse, p.do, p.t, p.tdo if tdo else None, p.to, p.tau, p.spec),
+        _shapes(p, wanted),
+    )
+
+
+def _shapes(p: Problem, wanted: str) -> tuple[torch.Size | None, ...]:
+    return *(getattr(p.ops, name).shape if name in wanted else None for name in "qkv"), None
+
+
+# kernel: (rule, its arguments). No call launches two kernels, except for the row sums that vjp and hvp begin with.
+CALLS: dict[str, tuple[str, Callable[[Problem], tuple[Any, ...]]]] = {
+    "forward": ("forward", _forward),
+    "vjp_dq": ("vjp", _vjp("q")),
+    "vjp_dkv": ("vjp", _vjp("kv")),
+    "row_dots": ("hvp", _hvp("q", False)),
+    "jvp": ("jvp", _jvp),
+    "hvp_dq": ("hvp", _hvp("q", False)),
+    "hvp_dkv": ("hvp", _hvp("kv", False)),
+    "hvp_dq_all": ("hvp", _hvp("q", True)),
+    "hvp_dkv_all": ("hvp", _hvp("kv", True)),
+    "jvp_jvp": ("jvp_jvp", _jvp_jvp),
+}
+ROW_SUMS = "row_dots"
+
+
+def call(kernel: str, problem: Problem) -> tuple[Tensor, ...]:
+    """What the host function of a kernel returns, without the absent."""
+    rule, arguments = CALLS[kernel]
+    return _present(getattr(import_module(f"theria.ops.triton.{rule}"), rule)(*arguments(problem)))
+
+
+def truth(kernel: str, problem: Problem) -> tuple[Tensor, ...]:
+    """The same by the reference, in the problem's own dtype."""
+    rule, arguments = CALLS[kernel]
+    return _present(getattr(reference, rule)(*arguments(problem)))
+
+
+def _present(x: Any) -> tuple[Tensor, ...]:
+    return tuple(y for y in ((x,) if isinstance(x, Tensor) else x) if y is not None)
+
+
+@contextmanager
+def launches_go_to(handle: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, host functions hand their launches to ``handle`` and start nothing."""
+    modules: list[Any] = [
+        m for name, m in sys.modules.items() if name.startswith("theria.ops.triton.") and hasattr(m, "launch")
+    ]
+    originals = [module.launch for module in modules]
+    for module in modules:
+        module.launch = lambda *args: handle(Launch(*args))
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.launch = original
+
+
+def launches(kernel: str, problem: Problem) -> list[Launch]:
+    """The launches of one kernel in the call of its host function. They are not started; what it reads is computed."""
+    rule, _ = CALLS[kernel]
+    start = import_module("theria.ops.triton.launch").launch
+    import_module(f"theria.ops.triton.{rule}")
+    own: list[Launch] = []
+
+    def handle(launch: Launch) -> None:
+        if (ROW_SUMS in name_of(launch)) == (kernel == ROW_SUMS):
+            own.append(launch)
+        elif launch.frame.device.type != "meta":
+            start(*launch)
+
+    with launches_go_to(handle):
+        call(kernel, problem)
+    assert own, f"the host function of {kernel} does not launch it"
+    return own
+
+
+def name_of(launch: Launch) -> str:
+    """The name of the kernel's function."""
+    return launch.kernel.fn.__name__
