@@ -1,0 +1,207 @@
+"""The short kernels against the closed formulas in float64: several heads a program, one, and blocks of rows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton sees a kernel
+
+from theria.ops import blockwise, reference
+from theria.ops.operands import AttentionSpec, Operands, Tangents, default_scale, with_dropout
+from theria.ops.triton import short
+from theria.ops.triton.launch import Frame
+from theria.ops.triton.short import jvp_hvp_short, vjp_short
+from theria.ops.triton.tiles import Tile
+
+# NumPy's word on the interpreter's own conversions
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative, in the norm. float32: rounding of lse and of the products. float16: P, dS and tdS are rounded to 11 bits.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3}
+NAMES = ("to", "tau", "tdq", "tdk", "tdv")
+ALL = (1, 1, 1)
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def double(xs):
+    """The same named tuple with its floating tensors in float64."""
+    return type(xs)(*(x.double() if x is not None and x.is_floating_point() else x for x in xs))
+
+
+class Case:
+    """Operands, cotangents, tangents, and what the reference says of them."""
+
+    def __init__(self, q, k, v, mask=None, *, causal=False, dropout=0.0, present=ALL, tdo=True, wanted=ALL) -> None:
+        self.spec, self.ops = AttentionSpec("triton", default_scale(q.shape[-1]), causal), Operands(q, k, v, mask, None)
+        if dropout:
+            self.ops, self.spec = with_dropout(self.ops, AttentionSpec("triton", 0.3, causal, dropout), 7)
+        pick = zip((q, k, v), present, wanted, strict=True)
+        moved = [(make(*x.shape, dtype=x.dtype) if here else None, x.shape if want else None) for x, here, want in pick]
+        self.t, self.shapes = Tangents(*(x for x, _ in moved)), (*(shape for _, shape in moved), None)
+        ops64 = double(self.ops)
+        o, lse = reference.forward(ops64, self.spec)
+        self.o, self.lse = o.to(q.dtype), lse.float()
+        self.do = make(*o.shape, dtype=q.dtype)
+        self.tdo = make(*o.shape, dtype=q.dtype) if tdo else None
+        t64, tdo64 = double(self.t), None if self.tdo is None else self.tdo.double()
+        to, tau = reference.jvp(ops64, o, lse, t64, self.spec)
+        do64 = self.do.double()
+        self.first = reference.vjp(ops64, o, lse, do64, self.spec, self.shapes)
+        self.second = (
+            to, tau, *reference.hvp(ops64, o, lse, do64, t64, tdo64, to, tau, self.spec, self.shapes)
+        )  # fmt: skip
+
+    def vjp(self):
+        return vjp_short(self.ops, self.o, self.lse, self.do, self.spec, self.shapes)
+
+    def jvp_hvp(self):
+        return jvp_hvp_short(self.ops, self.o, self.lse, self.do, self.t, self.tdo, self.spec, self.shapes)
+
+    def check(self) -> None:
+        self.compare(self.vjp(), self.first, NAMES[2:])
+        self.compare(self.jvp_hvp(), self.second, NAMES)
+
+    def compare(self, results, truths, names) -> None:
+        assert results[-1] is None
+        for name, x, truth in zip(names, results[:-1], truths[:-1], strict=True):
+            if truth is None:
+                assert x is None, name
+                continue
+            assert x.shape == truth.shape, name
+            assert x.dtype == (torch.float32 if name == "tau" else self.do.dtype), name
+            error = (x.double() - truth).norm()
+            assert error <= TOLERANCE[self.do.dtype] * truth.norm() + 1e-6, (name, float(error / truth.norm()))
+
+
+@pytest.fixture(params=["packed", "one head", "blocks of rows"])
+def regime(request, monkeypatch, poisoned):
+    """A program for several heads, for one, and for one whose rows are walked over in blocks."""
+    if request.param != "packed":
+        monkeypatch.setattr(short, "PACKED", 0)
+    rows = {"packed": 64, "one head": 128, "blocks of rows": 16}[request.param]
+    tile_of = short.tile_of
+    monkeypatch.setattr(short, "tile_of", lambda *args: tile_of(*args)._replace(rows=rows))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("N", "M", "D", "E", "causal"),
+    [(5, 7, 3, 4, False), (32, 20, 16, 24, True), (16, 32, 32, 17, False), (1, 1, 1, 1, False)],
+)
+def test_they_are_the_closed_formulas(N, M, D, E, causal, dtype, regime):
+    Case(
+        make(2, 3, N, D, dtype=dtype), make(2, 3, M, D, dtype=dtype), make(2, 3, M, E, dtype=dtype), causal=causal
+    ).check()
+
+
+@pytest.mark.parametrize(
+    ("N", "M", "D", "E", "causal"), [(70, 128, 8, 5, True), (3, 100, 65, 24, False), (130, 33, 8, 8, True)]
+)
+def test_larger_heads(N, M, D, E, causal, poisoned):
+    Case(make(2, N, D), make(2, M, D), make(2, M, E), causal=causal, tdo=False).check()
+
+
+@pytest.mark.parametrize("present", list(itertools.product((0, 1), repeat=3)))
+@pytest.mark.parametrize("tdo", [False, True])
+def test_absent_tangents(present, tdo, poisoned):
+    case = Case(make(3, 3, 2), make(3, 4, 2), make(3, 4, 3), present=present, tdo=tdo)
+    case.compare(case.jvp_hvp(), case.second, NAMES)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((0, 1), repeat=3)))
+def test_only_what_is_wanted(wanted, poisoned):
+    Case(make(3, 3, 2), make(3, 4, 2), make(3, 4, 3), wanted=wanted).check()
+
+
+@pytest.mark.parametrize("kind", ["bool", "padding", "additive", "bias"])
+def test_masks(kind, regime):
+    masks = {
+        "bool": torch.rand(2, 1, 9, 21, device=DEVICE) > 0.3,
+        "padding": (torch.arange(21, device=DEVICE) < torch.tensor([[13], [21]], device=DEVICE))[:, None, None],
+        "additive": make(1, 2, 9, 21),
+        "bias": make(1, 1, 9, 1),
+    }
+    Case(make(2, 2, 9, 8), make(2, 2, 21, 8), make(2, 2, 21, 8), masks[kind]).check()
+
+
+def test_a_row_that_sees_no_key(regime):
+    mask = torch.rand(3, 9, 21, device=DEVICE) > 0.3
+    mask[0, 4] = False
+    case = Case(make(3, 9, 8), make(3, 21, 8), make(3, 21, 8), mask)
+    case.check()
+    for x in (case.vjp()[0], *case.jvp_hvp()[:3]):
+        assert torch.equal(x[0, 4], torch.zeros_like(x[0, 4]))
+
+
+@pytest.mark.parametrize("wanted", [ALL, (1, 0, 1), (0, 1, 0)])
+@pytest.mark.parametrize("N", [5, 20])
+def test_grouped_queries(N, wanted, regime):
+    Case(make(2, 2, 3, N, 8), make(2, 2, 1, 21, 8), make(2, 2, 1, 21, 8), wanted=wanted).check()
+
+
+def test_keys_of_all_heads(regime):
+    """Operands that ``vmap`` leaves unbatched, grouped by nothing that is the last dimension."""
+    Case(make(3, 2, 5, 8), make(1, 2, 7, 8), make(3, 2, 7, 8)).check()
+
+
+def test_dropout_is_that_of_custom(regime):
+    case = Case(make(3, 2, 13, 8), make(3, 2, 23, 8), make(3, 2, 23, 8), dropout=0.4)
+    case.check()
+    rest = (case.ops, case.o, case.lse)
+    truth = blockwise.vjp(*rest, case.do, case.spec, case.shapes)
+    for x, y in zip(case.vjp()[:3], truth[:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        assert torch.equal(x == 0, y == 0)
+
+
+def test_strided_inputs_are_read_in_place(regime):
+    q, k, v = (make(2, 12, 3, 8).transpose(1, 2) for _ in range(3))
+    case = Case(q, k, v)
+    case.check()
+    assert [x.stride() for x in case.vjp()[:3]] == [q.stride()] * 3
+
+
+def test_many_leading_dimensions(regime):
+    q = make(2, 2, 5, 3, 8).transpose(2, 3)
+    k, v = make(2, 1, 3, 7, 8), make(1, 2, 3, 7, 8)
+    Case(q, k, v).check()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_one_head_holds_stays_there(value, regime):
+    """A task that diverged leaves the others of its batch alone, bit by bit."""
+    q, k, v = make(6, 5, 8), make(6, 7, 8), make(6, 7, 8)
+    case = Case(q, k, v)
+    before = (*case.vjp()[:3], *case.jvp_hvp()[:5])
+    for x in (*case.ops[:3], *case.t[:3], case.do):
+        x[2] = value
+    for x, y in zip((*case.vjp()[:3], *case.jvp_hvp()[:5]), before, strict=True):
+        assert torch.equal(torch.cat([x[:2], x[3:]]), torch.cat([y[:2], y[3:]]))
+        assert x[2].isnan().all()
+
+
+def test_a_pack_that_does_not_divide_the_heads(monkeypatch, poisoned):
+    monkeypatch.setattr(short, "tile_of", lambda *_: Tile(128, 16, 4, 1))
+    Case(make(11, 5, 8), make(11, 7, 8), make(11, 7, 8)).check()
+
+
+def test_what_fits():
+    def fits(N, M, D, E):
+        q, k, v = make(1, N, D), make(1, M, D), make(1, M, E)
+        return short.fits(Frame(Operands(q, k, v, None, None), AttentionSpec("triton", 1.0)))
+
+    assert fits(1000, 128, 128, 128)
+    assert not fits(10, 129, 16, 16)
+    assert not fits(10, 10, 129, 16)
+    assert not fits(10, 10, 16, 129)

@@ -1,0 +1,193 @@
+"""Tiles for calls whose keys fit one tile: of one head (rows, width), or of several whole heads (heads, rows, width).
+
+``PACK`` is the number of heads of a program. Where it is 1, everything here is what the long kernels use. Where it is
+more, tiles have three dimensions and products are batched, so that no head meets another one's numbers: a NaN in one
+task of a mapped batch stays there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from theria.ops.triton import dropout, masks, tensors
+from theria.ops.triton.softmax import LOG2E, product
+from theria.ops.triton.tensors import at, at_row
+
+
+@triton.jit
+def heads_from(first, total, PACK: tl.constexpr):
+    """The leading indices [first, first + PACK): a scalar, or (PACK, 1, 1). Past the last head, the last one again."""
+    if PACK == 1:
+        return first
+    else:
+        heads = tl.expand_dims(tl.expand_dims(first + tl.arange(0, PACK), 1), 2)
+        return tl.minimum(heads, total - 1)
+
+
+@triton.jit
+def coordinates(head, call, FLAT: tl.constexpr):
+    """The four coordinates of leading indices, from 32-bit divisions; none where one dimension holds them all (FLAT)."""
+    if FLAT:
+        zero = tl.zeros_like(tl.cast(head, tl.int64))
+        return zero, zero, zero, tl.cast(head, tl.int64)
+    else:
+        i3 = head % call.L3
+        head = head // call.L3
+        i2 = head % call.L2
+        head = head // call.L2
+        i1 = head % call.L1
+        i0 = head // call.L1
+        return tl.cast(i0, tl.int64), tl.cast(i1, tl.int64), tl.cast(i2, tl.int64), tl.cast(i3, tl.int64)
+
+
+@triton.jit
+def transposed(x):
+    """Each head's matrix transposed."""
+    if len(x.shape) == 2:
+        return tl.trans(x)
+    else:
+        return tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
+def product_with_transposed(a, b, acc, S: tl.constexpr):
+    """acc + a bᵀ; ``acc`` where an operand is absent."""
+    if a is None or b is None:
+        if acc is None:
+            return
+        else:
+            return acc
+    else:
+        return product(a, transposed(b), acc, S)
+
+
+@triton.jit
+def _rows(start, BLOCK: tl.constexpr):
+    return tl.expand_dims(start + tl.arange(0, BLOCK), 1)[None, :, :]
+
+
+@triton.jit
+def _cols(BLOCK: tl.constexpr):
+    return tl.arange(0, BLOCK)[None, None, :]
+
+
+@triton.jit
+def _inside(start, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    if WIDTH == BLOCK_W:
+        return (_rows(start, BLOCK) < count) & (_cols(BLOCK_W) >= 0)
+    else:
+        return (_rows(start, BLOCK) < count) & (_cols(BLOCK_W) < WIDTH)
+
+
+@triton.jit
+def load(
+    base, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Rows [start, start + BLOCK) of each head, zero outside; None for an absent tensor (as ``tensors.load``)."""
+    if base is None:
+        return
+    elif PACK == 1:
+        return tensors.load(base, start, count, strides, BLOCK, WIDTH, EVEN, S)
+    else:
+        SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
+        BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+        addresses = base + (_rows(start, BLOCK) * (strides[4] * S.VEC) + _cols(BLOCK_W))
+        if EVEN and SIZE == BLOCK_W:
+            return tl.load(addresses)
+        else:
+            return tl.load(addresses, mask=_inside(start, count, BLOCK, SIZE, BLOCK_W), other=0.0)
+
+
+@triton.jit
+def store(
+    base, x, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Write ``x`` to the rows that exist, in the tensor's dtype (as ``tensors.store``).
+
+    The last head, which fills up a pack, is written more than once, with the same bits.
+    """
+    if PACK == 1:
+        tensors.store(base, x, start, count, strides, BLOCK, WIDTH, EVEN, S)
+    else:
+        SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
+        BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+        addresses = base + (_rows(start, BLOCK) * (strides[4] * S.VEC) + _cols(BLOCK_W))
+        x = x.to(base.dtype.element_ty)
+        if EVEN and SIZE == BLOCK_W:
+            tl.store(addresses, x)
+        else:
+            tl.store(addresses, x, mask=_inside(start, count, BLOCK, SIZE, BLOCK_W))
+
+
+@triton.jit
+def _each_row(row, PACK: tl.constexpr, S: tl.constexpr):
+    if PACK == 1:
+        return (row + tl.arange(0, S.BLOCK_M))[:, None]
+    else:
+        return _rows(row, S.BLOCK_M)
+
+
+@triton.jit
+def load_row(pointer, head, row, other, call, PACK: tl.constexpr, S: tl.constexpr):
+    """A row statistic as a column, (rows, 1) or (heads, rows, 1); ``other`` where there is no row."""
+    rows = _each_row(row, PACK, S)
+    return tl.load(at_row(pointer, head, call) + rows, mask=(rows < call.N) & (head >= 0), other=other)
+
+
+@triton.jit
+def store_row(pointer, x, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
+    """Write a row statistic, given as a column."""
+    rows = _each_row(row, PACK, S)
+    tl.store(at_row(pointer, head, call) + rows, x, mask=(rows < call.N) & (head >= 0))
+
+
+@triton.jit
+def row_sum(x):
+    """Sum over the keys, as a column."""
+    return tl.expand_dims(tl.sum(x, len(x.shape) - 1), len(x.shape) - 1)
+
+
+@triton.jit
+def scaled_scores(q, k, mask, strides, lead, row, call, PACK: tl.constexpr, S: tl.constexpr):
+    """S (1) in the unit of ``softmax.pivot``, masked; the keys are all of a head."""
+    UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
+    x = product_with_transposed(q, k, None, S) * (call.scale * UNIT)
+    if PACK == 1:
+        return masks.mask_scores(x, mask, strides, lead, row, 0, call, True, UNIT, False, S)
+    else:
+        rows, cols = _rows(row, S.BLOCK_M), _cols(S.BLOCK_N)
+        if mask is not None:
+            entries = at(mask, strides.mask, lead, 1)
+            entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
+            exists = (rows < call.N) & (cols < call.M)
+            if mask.dtype.element_ty.is_floating():
+                x += tl.load(entries, mask=exists & (lead[3] >= 0), other=0.0).to(tl.float32) * UNIT
+            else:
+                x = tl.where(tl.load(entries, mask=exists & (lead[3] >= 0), other=0) != 0, x, float("-inf"))
+        if not S.EVEN_M:
+            x = tl.where(cols < call.M, x, float("-inf"))
+        if S.CAUSAL:
+            x = tl.where(rows >= cols, x, float("-inf"))
+        return x
+
+
+@triton.jit
+def keep_factor(seed, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
+    """R (3) of the rows from ``row`` against all keys; None without dropout (as ``dropout.keep_factor``)."""
+    if seed is None:
+        return
+    elif PACK == 1:
+        return dropout.keep_factor(seed, head, row, 0, call, S.BLOCK_M, S.BLOCK_N, False)
+    else:
+        position = tl.cast(head, tl.int64) % call.heads
+        zero = tl.zeros((PACK, S.BLOCK_M, S.BLOCK_N // 4), tl.uint32)
+        group = zero + _cols(S.BLOCK_N // 4).to(tl.uint32)
+        rows = zero + _rows(row, S.BLOCK_M).to(tl.uint32)
+        low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
+        high = zero + (position >> 32).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, group, rows, low, high)
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (PACK, S.BLOCK_M, S.BLOCK_N))
+        return tl.where(words.to(tl.int64) >= call.threshold, call.keep_scale, 0.0)
