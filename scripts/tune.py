@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
-from theria.ops.triton import tile_table
+from theria.ops.triton import short, tile_table
 from theria.ops.triton.launch import launch
-from theria.ops.triton.tiles import VARIANT, Key, Tile, override
+from theria.ops.triton.tiles import VARIANT, Key, Tile, is_short, override
 from theria.testing import difference
-from theria.testing.kernels import CALLS, Problem, call, launches, make_problem, truth
+from theria.testing.kernels import RULES, Problem, call, launches, make_problem, truth
 from theria.testing.machine import machine
 
 TABLE_FILE = Path(tile_table.__file__)
@@ -57,6 +57,8 @@ BLOCKS = {
     ("float", 256): [(64, 16, 8), (64, 16, 4), (32, 16, 4), (16, 16, 4), (32, 32, 8), (32, 16, 8), (64, 32, 8)],
 }
 STAGES = {("half", 64): (2, 3), ("half", 128): (1, 2, 3), ("half", 256): (1, 2)}
+# Rows of all heads of a program, by its keys.
+SHORT_ROWS = {16: (16, 32, 64, 128), 32: (32, 64, 128), 64: (16, 32, 64), 128: (16, 32, 64, 128)}
 ROW_SUM_BLOCKS = [(16, 16, 4), (32, 16, 4), (64, 16, 4), (128, 16, 4), (128, 16, 8), (32, 16, 2), (16, 16, 1)]
 # What a right result may differ from float64 by, in errors of the formulas in the same dtype (tests/tolerances.py).
 ACCURACY = 3.0
@@ -68,9 +70,12 @@ HOPELESS = 1.5  # times the best so far at which a candidate is timed once and n
 def candidates(key: Key) -> list[Tile]:
     """Tiles to try, likely ones first."""
     if key.kernel == "row_dots":
-        return [Tile(*block, stages=1) for block in ROW_SUM_BLOCKS]
+        return [Tile(rows, keys, warps, 1) for rows, keys, warps in ROW_SUM_BLOCKS]
+    if is_short(key.kernel):
+        side = [Tile(rows, key.keys, warps, 1) for rows, warps in product(SHORT_ROWS[key.keys], (1, 2, 4, 8))]
+        return [tile for tile in side if 256 <= tile.rows * tile.keys // tile.warps <= 2048]
     width = (key.kind, max(key.width, 64))
-    tiles = [Tile(o, i, w, s) for (o, i, w), s in product(BLOCKS[width], STAGES.get(width, (1, 2)))]
+    tiles = [Tile(o, i, w, stages) for o, i, w in BLOCKS[width] for stages in STAGES.get(width, (1, 2))]
     if "dkv" in key.kernel:
         tiles = [tile._replace(rows=tile.keys, keys=tile.rows) for tile in tiles]
         tiles += [tile._replace(split=True) for tile in tiles]
@@ -79,17 +84,19 @@ def candidates(key: Key) -> list[Tile]:
 
 def shape_for(key: Key) -> tuple[int, int, int, int, int, int]:
     """(B, H, N, M, D, E) that a key is measured at: enough programs for every multiprocessor, several times over."""
+    if key.keys:  # the same number of rows as (2048, 4, 64)
+        return 2**17 // key.keys, 4, key.keys, key.keys, key.width, key.width
     batch, heads = (4, 16) if key.kind == "half" and key.width <= 128 else (2, 8)
     return batch, heads, 4096, 4096, key.width, key.width
 
 
 def compiled(key: Key, tile: Tile) -> list[dict[str, Any]]:
     """What the compiler says; runs in a worker, whose cache is this process's too."""
-    from theria.testing.compile import compile_kernel, uses_wgmma
+    from theria.testing.compile import compile_kernel, ought_to_use_wgmma
 
     dtype = DTYPES[key.kind]
     made = compile_kernel(key.kernel, tile, key.arch, shape_for(key), dtype, key.causal)
-    expected = uses_wgmma(tile, dtype, key.arch) and key.kernel != "row_dots"
+    expected = ought_to_use_wgmma(key.kernel, tile, dtype, key.arch)
     return [asdict(one) | {"faults": one.faults(wgmma=expected)} for one in made]
 
 
@@ -192,14 +199,17 @@ def tune(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def wanted(args: argparse.Namespace, arch: int) -> Iterator[Key]:
-    for width, kind, causal, kernel in product(args.widths, args.kinds, args.causal, args.kernels):
-        if kernel != "row_dots" or not causal:
-            yield Key(kernel, width, kind, causal, arch)
+    for kind, width, causal, kernel in product(args.kinds, args.widths, args.causal, args.kernels):
+        if not is_short(kernel):
+            if kernel != "row_dots" or not causal:
+                yield Key(kernel, width, kind, causal, arch)
+        elif width <= short.WIDTH and not causal:
+            yield from (Key(kernel, width, kind, causal, arch, keys) for keys in args.lengths)
 
 
 def line(row: dict[str, Any]) -> str:
-    kernel, width, kind, causal, arch = row["key"]
-    name = f"{kernel:<12} {width:>3} {kind:<5} {'causal' if causal else '':<6} sm_{arch}"
+    kernel, width, kind, causal, arch, keys = row["key"]
+    name = f"{kernel:<16} {keys or '':>3} {width:>3} {kind:<5} {'causal' if causal else '':<6} sm_{arch}"
     best, timings = row["best"], [c for c in row["candidates"] if "ms" in c]
     if not best:
         errors = {c.get("error", "; ".join(c.get("faults", []))) for c in row["candidates"]}
@@ -212,7 +222,8 @@ def line(row: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """The source of ``tile_table.py``: the package's entries, replaced where there are new ones."""
     entries = dict(tile_table.TABLE) | {tuple(row["key"]): tuple(row["best"]["tile"]) for row in rows if row["best"]}
-    order = sorted(entries, key=lambda key: (key[4], list(CALLS).index(key[0]), key[2] != "half", key[1], key[3]))
+    names = list(RULES)
+    order = sorted(entries, key=lambda key: (key[4], names.index(key[0]), key[2] != "half", key[1], key[5], key[3]))
     head, _, _ = TABLE_FILE.read_text().partition("    (")
     body = "".join(f"    {key!r}: {entries[key]!r},\n" for key in order).replace("'", '"')
     return f"{head}{body}}}\n"
@@ -239,9 +250,12 @@ def load(folders: list[Path]) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--kernels", nargs="+", default=list(CALLS), choices=CALLS)
+    parser.add_argument("--kernels", nargs="+", default=list(RULES), choices=RULES)
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), choices=WIDTHS)
     parser.add_argument("--kinds", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(SHORT_ROWS), choices=SHORT_ROWS, help="short ones"
+    )
     parser.add_argument("--causal", nargs="+", type=lambda x: x == "yes", default=[False, True], metavar="yes|no")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="for one key (default: %(default)s)")

@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from theria.ops.triton.tiles import VARIANT, Tile, override
-from theria.testing.kernels import Launch, launches, make_problem, name_of
+from theria.ops.triton.tiles import VARIANT, Tile, is_short, override
+from theria.testing.kernels import ROW_SUMS, Launch, launches, make_problem, name_of
 
 KB = 1024
 # The most that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability).
@@ -113,13 +113,18 @@ def compile_kernel(
     """A kernel with one tile, for a call of shape (B, H, N, M, D, E); two of them where the tile is split."""
     problem = make_problem(shape, dtype, causal, "meta")
     with override(kernel.removesuffix(VARIANT), tile):
-        return [compile_launch(launch, arch) for launch in launches(kernel, problem)]
+        found = launches(kernel, problem)
+    if any(launch.tile.warps != tile.warps or launch.tile.stages != tile.stages for launch in found):
+        raise ValueError(f"{kernel} is launched with {found[0].tile}, not with {tile}: it does not ask tiles.select")
+    return [compile_launch(launch, arch) for launch in found]
 
 
-def uses_wgmma(tile: Tile, dtype: torch.dtype, arch: int) -> bool:
+def ought_to_use_wgmma(kernel: str, tile: Tile, dtype: torch.dtype, arch: int) -> bool:
     """Whether a kernel with this tile ought to run on Hopper's matrix units."""
-    large = max(tile.rows, tile.keys) >= WGMMA_ROWS and tile.warps >= WGMMA_WARPS
-    return large and arch == 90 and dtype != torch.float32
+    if arch != 90 or dtype == torch.float32 or tile.warps < WGMMA_WARPS or kernel == ROW_SUMS:
+        return False
+    kept = min(tile.rows, tile.keys) if is_short(kernel) else tile.keys if "dkv" in kernel else tile.rows
+    return kept >= WGMMA_ROWS
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

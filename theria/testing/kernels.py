@@ -107,59 +107,75 @@ def _fill_residuals(problem: Problem) -> None:
             target.copy_(x)
 
 
-def _forward(p: Problem) -> tuple[Any, ...]:
-    return p.ops, p.spec
-
-
-def _jvp(p: Problem) -> tuple[Any, ...]:
-    return p.ops, p.o, p.lse, p.t, p.spec
-
-
-def _jvp_jvp(p: Problem) -> tuple[Any, ...]:
-    return p.ops, p.o, p.lse, p.t, p.t2, p.t12, p.tau, p.tau2, p.spec
-
-
-def _vjp(wanted: str) -> Callable[[Problem], tuple[Any, ...]]:
-    return lambda p: (p.ops, p.o, p.lse, p.do, p.spec, _shapes(p, wanted))
-
-
-def _hvp(wanted: str, tdo: bool) -> Callable[[Problem], tuple[Any, ...]]:
-    return lambda p: (
-        *(p.ops, p.o, p.lse, p.do, p.t, p.tdo if tdo else None, p.to, p.tau, p.spec),
-        _shapes(p, wanted),
-    )
-
-
 def _shapes(p: Problem, wanted: str) -> tuple[torch.Size | None, ...]:
     return *(getattr(p.ops, name).shape if name in wanted else None for name in "qkv"), None
 
 
-# kernel: (rule, its arguments). No call launches two kernels, except for the row sums that vjp and hvp begin with.
-CALLS: dict[str, tuple[str, Callable[[Problem], tuple[Any, ...]]]] = {
-    "forward": ("forward", _forward),
-    "vjp_dq": ("vjp", _vjp("q")),
-    "vjp_dkv": ("vjp", _vjp("kv")),
-    "row_dots": ("hvp", _hvp("q", False)),
-    "jvp": ("jvp", _jvp),
-    "hvp_dq": ("hvp", _hvp("q", False)),
-    "hvp_dkv": ("hvp", _hvp("kv", False)),
-    "hvp_dq_all": ("hvp", _hvp("q", True)),
-    "hvp_dkv_all": ("hvp", _hvp("kv", True)),
-    "jvp_jvp": ("jvp_jvp", _jvp_jvp),
+def _second(p: Problem, tdo: bool) -> tuple[Any, ...]:
+    return p.ops, p.o, p.lse, p.do, p.t, p.tdo if tdo else None
+
+
+class Rule(NamedTuple):
+    """A host function and its truth: their place and the arguments that both take."""
+
+    module: str
+    function: str
+    arguments: Callable[[Problem], tuple[Any, ...]]
+    truth: Callable[..., Any]
+
+
+def _vjp(wanted: str, module: str = "vjp", function: str = "vjp") -> Rule:
+    return Rule(module, function, lambda p: (p.ops, p.o, p.lse, p.do, p.spec, _shapes(p, wanted)), reference.vjp)
+
+
+def _hvp(wanted: str, tdo: bool = False) -> Rule:
+    return Rule("hvp", "hvp", lambda p: (*_second(p, tdo), p.to, p.tau, p.spec, _shapes(p, wanted)), reference.hvp)
+
+
+def _jvp_hvp(tdo: bool = False) -> Rule:
+    def both(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents, *rest: Any) -> tuple[Any, ...]:
+        tdo, spec, shapes = rest
+        to, tau = reference.jvp(ops, o, lse, t, spec)
+        return to, tau, *reference.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes)
+
+    return Rule("short", "jvp_hvp_short", lambda p: (*_second(p, tdo), p.spec, _shapes(p, "qkv")), both)
+
+
+# By kernel. No rule launches two of them, except for the row sums that vjp and hvp begin with.
+RULES = {
+    "forward": Rule("forward", "forward", lambda p: (p.ops, p.spec), reference.forward),
+    "row_dots": _hvp("q"),
+    "vjp_dq": _vjp("q"),
+    "vjp_dkv": _vjp("kv"),
+    "jvp": Rule("jvp", "jvp", lambda p: (p.ops, p.o, p.lse, p.t, p.spec), reference.jvp),
+    "hvp_dq": _hvp("q"),
+    "hvp_dkv": _hvp("kv"),
+    "hvp_dq_all": _hvp("q", tdo=True),
+    "hvp_dkv_all": _hvp("kv", tdo=True),
+    "jvp_jvp": Rule(
+        "jvp_jvp",
+        "jvp_jvp",
+        lambda p: (p.ops, p.o, p.lse, p.t, p.t2, p.t12, p.tau, p.tau2, p.spec),
+        reference.jvp_jvp,
+    ),
+    "vjp_short": _vjp("qkv", "short", "vjp_short"),
+    "second_short": _jvp_hvp(),
+    "second_short_all": _jvp_hvp(tdo=True),
 }
 ROW_SUMS = "row_dots"
 
 
 def call(kernel: str, problem: Problem) -> tuple[Tensor, ...]:
     """What the host function of a kernel returns, without the absent."""
-    rule, arguments = CALLS[kernel]
-    return _present(getattr(import_module(f"theria.ops.triton.{rule}"), rule)(*arguments(problem)))
+    rule = RULES[kernel]
+    host = getattr(import_module(f"theria.ops.triton.{rule.module}"), rule.function)
+    return _present(host(*rule.arguments(problem)))
 
 
 def truth(kernel: str, problem: Problem) -> tuple[Tensor, ...]:
     """The same by the reference, in the problem's own dtype."""
-    rule, arguments = CALLS[kernel]
-    return _present(getattr(reference, rule)(*arguments(problem)))
+    rule = RULES[kernel]
+    return _present(rule.truth(*rule.arguments(problem)))
 
 
 def _present(x: Any) -> tuple[Tensor, ...]:
@@ -184,9 +200,8 @@ def launches_go_to(handle: Callable[[Launch], None]) -> Iterator[None]:
 
 def launches(kernel: str, problem: Problem) -> list[Launch]:
     """The launches of one kernel in the call of its host function. They are not started; what it reads is computed."""
-    rule, _ = CALLS[kernel]
     start = import_module("theria.ops.triton.launch").launch
-    import_module(f"theria.ops.triton.{rule}")
+    import_module(f"theria.ops.triton.{RULES[kernel].module}")
     own: list[Launch] = []
 
     def handle(launch: Launch) -> None:

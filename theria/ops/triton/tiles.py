@@ -18,7 +18,10 @@ from theria.ops.triton.tile_table import TABLE
 
 
 class Tile(NamedTuple):
-    """Rows and keys of a tile, warps of a program, stages of its loads."""
+    """Rows and keys of a tile, warps of a program, stages of its loads.
+
+    A program of a short kernel holds all keys of its heads; ``rows`` are those of all its heads together.
+    """
 
     rows: int
     keys: int
@@ -34,8 +37,9 @@ class Key(NamedTuple):
         kernel: its name; with the suffix "_all" where tdO is given besides the tangents.
         width: the power of two, 16 to 256, that holds the wider of the two head dimensions.
         kind: "half" (bfloat16, float16) or "float".
-        causal: whether rows see the keys up to themselves.
+        causal: whether rows see the keys up to themselves; False where it does not matter.
         arch: compute capability, 90 for 9.0; 0 where there is no CUDA device.
+        keys: the tile side that holds the keys of a short kernel; 0 for the others.
     """
 
     kernel: str
@@ -43,6 +47,7 @@ class Key(NamedTuple):
     kind: str
     causal: bool
     arch: int
+    keys: int = 0
 
 
 INTERPRETER = Tile(64, 64, 1, 1)  # there a tile costs the same at any size: few large ones
@@ -63,8 +68,9 @@ DEFAULTS = {
         256: Tile(16, 16, 4, 1),
     },
 }
-LEAST, LARGEST = 16, 256
+LEAST, LARGEST = 16, 256  # sides of a tile
 VARIANT = "_all"
+SHORT = "short"
 
 _overrides: dict[str, Tile] = {}
 
@@ -87,13 +93,19 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def is_short(kernel: str) -> bool:
+    return SHORT in kernel
+
+
 def lookup(key: Key) -> Tile:
     """The tile of the table, else a default that works on every chip."""
     measured = TABLE.get(key) or TABLE.get(key._replace(kernel=key.kernel.removesuffix(VARIANT)))
     if measured:
         return Tile(*measured)
+    if is_short(key.kernel):
+        return Tile(max(64 * 64 // max(key.keys, key.width), LEAST), key.keys, 8 if key.keys > 64 else 4, 1)
     tile = DEFAULTS[key.kind][key.width]
-    # the outer side, which keeps its operands and accumulators, is the longer one
+    # the side that a program keeps, with its accumulators, is the longer one
     return tile._replace(rows=tile.keys, keys=tile.rows) if "dkv" in key.kernel else tile
 
 
@@ -108,19 +120,27 @@ def shrink(tile: Tile, rows: int, keys: int, width: int) -> Tile:
 
 @lru_cache(maxsize=4096)
 def choose(key: Key, rows: int, keys: int) -> Tile:
-    """The tile of a call whose rows and keys a tile of these sides holds."""
-    tile = lookup(key) if key.arch else INTERPRETER
-    return shrink(tile, rows, keys, key.width)
+    """The tile of a call whose rows and keys tiles of these sides hold."""
+    if is_short(key.kernel):
+        return lookup(key)  # a head with fewer rows leaves room for others
+    return shrink(lookup(key) if key.arch else INTERPRETER, rows, keys, key.width)
+
+
+def key_of(kernel: str, frame: Any) -> Key:
+    """What the tile of a call is chosen by."""
+    name = kernel + VARIANT if "tdo" in frame.tensors else kernel
+    width = power_of_two(max(frame.D, frame.E))
+    short = is_short(kernel)
+    causal = frame.spec.is_causal and not short and kernel != "row_dots"
+    keys = power_of_two(frame.M) if short else 0
+    return Key(name, width, kind(frame.dtype), causal, architecture(frame.device), keys)
 
 
 def select(kernel: str, frame: Any) -> Tile:
     """The tile of a kernel for a call (:class:`theria.ops.triton.launch.Frame`)."""
     if kernel in _overrides:
         return _overrides[kernel]
-    name = kernel + VARIANT if "tdo" in frame.tensors else kernel
-    width = power_of_two(max(frame.D, frame.E))
-    key = Key(name, width, kind(frame.dtype), frame.spec.is_causal, architecture(frame.device))
-    return choose(key, power_of_two(frame.N), power_of_two(frame.M))
+    return choose(key_of(kernel, frame), power_of_two(frame.N), power_of_two(frame.M))
 
 
 @contextmanager
