@@ -7,9 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_factor(
-    seed, head, row, col, call, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr
-):
+def keep_factor(seed, head, row, col, call, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr):
     """R (3) of the tile at (row, col): 1/(1 − p) where an entry is kept, 0 where it is dropped; None without dropout.
 
     Args:

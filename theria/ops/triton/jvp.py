@@ -67,7 +67,7 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, 
     for col in range(0, plain, S.BLOCK_N):
         acc, sums = _step(acc, sums, rows, keys, mask, seed, strides, lead, head, row, col, call, False, S)
     if S.CAUSAL or not S.EVEN_M:
-        for col in range(plain, end, S.BLOCK_N):
+        for col in tl.range(plain, end, S.BLOCK_N, num_stages=1):
             acc, sums = _step(acc, sums, rows, keys, mask, seed, strides, lead, head, row, col, call, True, S)
     if tq is not None or tk is not None:
         o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)

@@ -10,7 +10,17 @@ from theria.ops.triton.tensors import at
 
 @triton.jit
 def mask_scores(
-    x, mask, strides, lead, row, col, call, EDGE: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, S: tl.constexpr
+    x,
+    mask,
+    strides,
+    lead,
+    row,
+    col,
+    call,
+    EDGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    S: tl.constexpr,
 ):
     """Scores of the tile at (row, col), −inf where a row does not see a key.
 

@@ -177,8 +177,8 @@ def store(
 def load_row(base, start, count, other, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """Row statistics of the rows [start, start + BLOCK) of one head, ``other`` where there is no row."""
     rows = start + tl.arange(0, BLOCK)
-    if EVEN:
-        return tl.load(base + rows)
+    if EVEN:  # N, and with it every address, divides by BLOCK: 16 bytes at a time
+        return tl.load(tl.multiple_of(base, 16) + tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK))
     else:
         return tl.load(base + rows, mask=rows < count, other=other)
 

@@ -1,0 +1,242 @@
+"""The tangent of vjp (README (13)-(18)): dQ by blocks of query rows, dK and dV by blocks of keys.
+
+Two kernels, so that every sum stays in the registers of one program: nothing is added atomically, and every run gives
+the same bits. Work is ordered so that few tiles of the size of the scores are alive at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
+from theria.ops.triton.dropout import drop, keep_factor
+from theria.ops.triton.launch import Frame, launch
+from theria.ops.triton.masks import key_range, row_range
+from theria.ops.triton.row_stats import load_stats, row_stats
+from theria.ops.triton.softmax import probabilities, product, scaled_scores, score_product
+from theria.ops.triton.tensors import at, coordinates, load, store
+from theria.ops.triton.tiles import select
+
+
+@triton.jit
+def log_tangent(q, tq, k, tk, tau, call, TRANSPOSED: tl.constexpr, S: tl.constexpr):
+    """U = tS − tau, the tangent of log P (13); None where the direction does not move the scores."""
+    ts = score_product(tq, k, None, TRANSPOSED, S)
+    ts = score_product(q, tk, ts, TRANSPOSED, S)
+    if ts is None:
+        return
+    else:
+        return ts * call.scale - tau
+
+
+@triton.jit
+def score_tangent(p, ds, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: tl.constexpr, S: tl.constexpr):
+    """tdS (16) of a tile from P, dS and U; tdelta is broadcast along its rows."""
+    tdp = score_product(do, tv, None, TRANSPOSED, S)
+    tdp = score_product(tdo, v, tdp, TRANSPOSED, S)
+    tds = -(p * tdelta) if tdp is None else p * (drop(tdp, keep) - tdelta)
+    if u is not None:
+        tds += u * ds  # tP∘(dP − delta)
+    return tds
+
+
+@triton.jit
+def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, EDGE: tl.constexpr, S: tl.constexpr):
+    """One tile of keys: adds tdS K + dS tK."""
+    pivots, delta, tau, tdelta = stats
+    k, tk, v, tv = keys
+    mask, seed, strides, head, lead, call = common
+    EVEN: tl.constexpr = S.EVEN_M or not EDGE
+    k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", EVEN, S)
+    tk = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", EVEN, S)
+    v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", EVEN, S)
+    tv = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", EVEN, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, False, S)
+    p = probabilities(x, pivots[:, None], q.dtype)
+    keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
+    u = log_tangent(q, tq, k, tk, tau[:, None], call, False, S)
+    ds = p * (drop(score_product(do, v, None, False, S), keep) - delta[:, None])
+    tds = score_tangent(p, ds, u, do, tdo, v, tv, tdelta[:, None], keep, False, S)
+    acc = product(tds.to(k.dtype), k, acc, S)
+    if tk is not None:
+        acc = product(ds.to(k.dtype), tk, acc, S)
+    return acc
+
+
+@triton.jit(do_not_specialize=["strides", "call"])
+def hvp_dq_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, strides, call, S: tl.constexpr):
+    """tdQ (17) of one block of rows."""
+    blocks = tl.cdiv(call.N, S.BLOCK_M)
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if S.CAUSAL:  # the longest first
+        block = blocks - 1 - block
+    row = block * S.BLOCK_M
+    lead = coordinates(head, call)
+    if seed is not None:
+        seed = tl.load(at(seed, strides.seed, lead, 1))
+    q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
+    tq_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
+    do_tile = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
+    tdo_tile = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
+    stats = load_stats(stats, head, row, call, S.BLOCK_M, True)
+    keys = (k, tk, v, tv)
+    common = (mask, seed, strides, head, lead, call)
+    acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
+    plain, end = key_range(row, call, S)
+    for col in range(0, plain, S.BLOCK_N):
+        acc = _dq_step(acc, q_tile, tq_tile, do_tile, tdo_tile, stats, keys, common, row, col, False, S)
+    if S.CAUSAL or not S.EVEN_M:
+        for col in tl.range(plain, end, S.BLOCK_N, num_stages=1):
+            acc = _dq_step(acc, q_tile, tq_tile, do_tile, tdo_tile, stats, keys, common, row, col, True, S)
+    store(at(dq, strides.dq, lead, S.VEC), acc * call.scale, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, S)
+
+
+@triton.jit
+def _dkv_step(
+    acc_k,
+    acc_v,
+    k,
+    tk,
+    v,
+    tv,
+    rows,
+    common,
+    row,
+    col,
+    EDGE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    S: tl.constexpr,
+):
+    """One tile of rows: adds tdSᵀQ + dSᵀtQ and (R∘tP)ᵀdO + P̃ᵀtdO. Tiles of scores are (keys, rows)."""
+    q, tq, do, tdo, stats = rows
+    mask, seed, strides, head, lead, call = common
+    q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
+    tq = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
+    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
+    tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
+    pivots, delta, tau, tdelta = load_stats(stats, head, row, call, S.BLOCK_M, True)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, True, S)
+    p = probabilities(x, pivots[None, :], q.dtype)
+    keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, True)
+    u = log_tangent(q, tq, k, tk, tau[None, :], call, True, S)
+    if DV:
+        if u is not None:
+            acc_v = product(drop(p * u, keep).to(do.dtype), do, acc_v, S)
+        if tdo is not None:
+            acc_v = product(drop(p, keep).to(do.dtype), tdo, acc_v, S)
+    if DK:
+        ds = p * (drop(score_product(do, v, None, True, S), keep) - delta[None, :])
+        tds = score_tangent(p, ds, u, do, tdo, v, tv, tdelta[None, :], keep, True, S)
+        acc_k = product(tds.to(q.dtype), q, acc_k, S)
+        if tq is not None:
+            acc_k = product(ds.to(q.dtype), tq, acc_k, S)
+    return acc_k, acc_v
+
+
+@triton.jit
+def _dkv_head(acc_k, acc_v, k, tk, v, tv, rows, common, col, DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr):
+    """What the rows of one query head add to a block of keys."""
+    call = common[5]
+    start, plain = row_range(col, call, S)
+    if S.CAUSAL:
+        for row in tl.range(start, plain, S.BLOCK_M, num_stages=1):
+            acc_k, acc_v = _dkv_step(acc_k, acc_v, k, tk, v, tv, rows, common, row, col, True, DK, DV, S)
+    for row in range(plain, call.N, S.BLOCK_M):
+        acc_k, acc_v = _dkv_step(acc_k, acc_v, k, tk, v, tv, rows, common, row, col, False, DK, DV, S)
+    return acc_k, acc_v
+
+
+@triton.jit(do_not_specialize=["strides", "call"])
+def hvp_dkv_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dk, dv, stats, strides, call, S: tl.constexpr):
+    """tdK (17) and tdV (18) of one block of keys; with S.GROUPED summed over the query heads of a key head."""
+    DK: tl.constexpr = dk is not None
+    DV: tl.constexpr = dv is not None
+    blocks = tl.cdiv(call.M, S.BLOCK_N)
+    first = tl.program_id(0) // blocks
+    group = 1
+    if S.GROUPED:
+        group = call.L3
+        first *= group
+    col = (tl.program_id(0) % blocks) * S.BLOCK_N
+    lead = coordinates(first, call)
+    k_tile = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
+    tk_tile = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
+    v_tile = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
+    tv_tile = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, S)
+    rows = (q, tq, do, tdo, stats)
+    acc_k = tl.zeros((S.BLOCK_N, S.BLOCK_D if DK else 1), tl.float32)
+    acc_v = tl.zeros((S.BLOCK_N, S.BLOCK_E if DV else 1), tl.float32)
+    if S.GROUPED:
+        for head in range(first, first + group):
+            one = coordinates(head, call)
+            key = seed
+            if seed is not None:
+                key = tl.load(at(seed, strides.seed, one, 1))
+            common = (mask, key, strides, head, one, call)
+            acc_k, acc_v = _dkv_head(acc_k, acc_v, k_tile, tk_tile, v_tile, tv_tile, rows, common, col, DK, DV, S)
+    else:
+        if seed is not None:
+            seed = tl.load(at(seed, strides.seed, lead, 1))
+        common = (mask, seed, strides, first, lead, call)
+        acc_k, acc_v = _dkv_head(acc_k, acc_v, k_tile, tk_tile, v_tile, tv_tile, rows, common, col, DK, DV, S)
+    if DK:
+        store(at(dk, strides.dk, lead, S.VEC), acc_k * call.scale, col, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, S)
+    if DV:
+        store(at(dv, strides.dv, lead, S.VEC), acc_v, col, call.M, strides.dv, S.BLOCK_N, "E", S.EVEN_M, S)
+
+
+READS = ("q", "k", "v", "mask", "seed", "do", "tq", "tk", "tv", "tdo")
+
+
+def hvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    to: Tensor,
+    tau: Tensor,
+    spec: AttentionSpec,
+    shapes: Shapes,
+) -> tuple[Tensor | None, ...]:
+    """tdq, tdk, tdv, None; see :func:`theria.ops.reference.hvp`."""
+    frame = Frame(ops, spec, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
+    stats = row_stats(frame, lse, tau)
+    dq = _dq(frame, stats, shapes[0])
+    dk, dv = _dkv(frame, stats, shapes[1], shapes[2])
+    return dq, dk, dv, None
+
+
+def _dq(frame: Frame, stats: Tensor, shape: torch.Size | None) -> Tensor | None:
+    if shape is None:
+        return None
+    dq = frame.new_cotangent("dq", shape)
+    tile = select("hvp_dq", frame)
+    tensors, strides, call, static = frame.describe((*READS, "dq"), tile)
+    programs = -(-frame.N // tile.rows) * frame.heads
+    launch(hvp_dq_kernel, programs, frame, (*tensors, stats, strides, call), static, tile)
+    return frame.finish(dq, shape)
+
+
+def _dkv(
+    frame: Frame, stats: Tensor, dk_shape: torch.Size | None, dv_shape: torch.Size | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if dk_shape is None and dv_shape is None:
+        return None, None
+    tile = select("hvp_dkv", frame)
+    if tile.split and dk_shape is not None and dv_shape is not None:
+        return _dkv(frame, stats, dk_shape, None)[0], _dkv(frame, stats, None, dv_shape)[1]
+    grouped = frame.sums_last(dk_shape, dv_shape)
+    dk, dv = frame.new_cotangent("dk", dk_shape, grouped), frame.new_cotangent("dv", dv_shape, grouped)
+    written = tuple(name for name, x in (("dk", dk), ("dv", dv)) if x is not None)
+    tensors, strides, call, static = frame.describe((*READS, *written), tile, grouped)
+    programs = -(-frame.M // tile.keys) * (frame.heads // frame.lead[-1] if grouped else frame.heads)
+    arguments = (*tensors[: len(READS)], dk, dv, stats, strides, call)
+    launch(hvp_dkv_kernel, programs, frame, arguments, static, tile)
+    return frame.finish(dk, dk_shape), frame.finish(dv, dv_shape)
