@@ -1,0 +1,73 @@
+"""Calls of the first-order kernels, and what a test compares them with: the reference in float64."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton sees a kernel
+
+from theria.ops.operands import AttentionSpec, Operands, default_scale, with_dropout
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEG_INF = float("-inf")
+Call = tuple[Operands, AttentionSpec]
+# (N, M, D, E): one row, one key, one column; nothing a multiple of a tile; N < M and N > M; E ≠ D; whole tiles.
+SHAPES = [(5, 7, 3, 4), (33, 70, 40, 24), (70, 33, 8, 17), (1, 129, 16, 16), (9, 1, 1, 1), (64, 128, 16, 16)]
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, p: float = 0.0, **options) -> Call:
+    """A call in canonical form; ``options`` are fields of AttentionSpec."""
+    spec = AttentionSpec("triton", **({"scale": default_scale(q.shape[-1])} | options), dropout_p=p)
+    ops = Operands(q, k, v, mask, None)
+    return with_dropout(ops, spec, 7) if p else (ops, spec)
+
+
+def random_call(N: int, M: int, D: int, E: int, lead=(2,), dtype=torch.float32, mask=None, **options) -> Call:
+    q, k, v = (make(*lead, *shape, dtype=dtype) for shape in ((N, D), (M, D), (M, E)))
+    return call(q, k, v, mask, **options)
+
+
+def double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def exact(ops: Operands) -> Operands:
+    """The same operands in float64."""
+    return Operands(*(None if x is None else double(x) for x in ops))  # type: ignore[arg-type]
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """Relative, in the norm; infinite where a NaN is or the infinities differ."""
+    assert actual.shape == truth.shape
+    finite = truth.isfinite()
+    if not torch.equal(actual[~finite].double(), truth[~finite]) or not actual[finite].isfinite().all():
+        return float("inf")
+    difference = (actual.double() - truth)[finite].norm()
+    return float(difference / truth[finite].norm().clamp_min(1e-30))
+
+
+def masks(N: int, M: int) -> dict[str, Tensor]:
+    """Masks of every kind for operands with leading shape (2, 2)."""
+    boolean = torch.rand(2, 2, N, M, device=DEVICE) > 0.3
+    additive = make(2, 2, N, M)
+    return {
+        "boolean": boolean,
+        "boolean, all heads": boolean[:, :1],
+        "boolean, rows": boolean[:1, :1, :, :1],
+        "key padding": (torch.arange(M, device=DEVICE) < torch.tensor([[M // 2], [M]], device=DEVICE))[:, None, None],
+        "strided": (torch.rand(2, 2, M, N, device=DEVICE) > 0.3).mT,
+        "additive": additive,
+        "additive, keys": additive[:, :1, :1],
+        "additive, with -inf": additive.masked_fill(boolean, NEG_INF),
+    }
+
+
+MASKS = tuple(masks(1, 1))
