@@ -15,6 +15,9 @@ jvp of Hvp                            along its tangents alone: Hvp
 anything else of Hvp and JvpJvp       third order: raises
 ====================================  =====================================================================
 
+Hvp needs what Jvp gives along the same direction, and a backend may have one kernel for both: wherever both are wanted
+they are one Function, JvpHvp, whose derivatives are those of its two halves.
+
 ``o``, ``lse``, ``to`` and ``tau`` enter as residuals: functions of the operands whose own gradient slots return None,
 because the formulas are already total derivatives.
 
@@ -25,16 +28,26 @@ without an error.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from theria.ops import blockwise
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
 
-RULES = {"custom": blockwise}  # the modules that implement forward, vjp, jvp, hvp and jvp_jvp
+# The modules that implement forward, vjp, jvp, hvp, jvp_jvp and, if they can do better than jvp and then hvp, jvp_hvp.
+# Each is imported when it is first used: the kernels need Triton, the others do not.
+RULES = {"custom": "theria.ops.blockwise", "triton": "theria.ops.triton.rules"}
+
+
+@cache
+def rules(backend: str) -> ModuleType:
+    """The module of a backend's rules."""
+    return import_module(RULES[backend])
 
 
 def autocasts(device: str) -> bool:
@@ -44,12 +57,20 @@ def autocasts(device: str) -> bool:
 
 def _call(name: str, spec: AttentionSpec, *args: Any) -> Any:
     """Run a rule. Its dtypes are its own business: autocast must not reach into it."""
-    rule = getattr(RULES[spec.backend], name)
+    rule = getattr(rules(spec.backend), name, _jvp_then_hvp)
     device = next(x.device.type for x in args[0] if x is not None)
     if autocasts(device):
         with torch.autocast(device, enabled=False):
             return rule(*args)
     return rule(*args)
+
+
+def _jvp_then_hvp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents, *rest: Any) -> Any:
+    """The rule jvp_hvp of a backend that has none of its own."""
+    tdo, spec, shapes = rest
+    backend = rules(spec.backend)
+    to, tau = backend.jvp(ops, o, lse, t, spec)
+    return (to, tau, *backend.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
 
 
 def _third_order(name: str, spec: AttentionSpec) -> NotImplementedError:
@@ -93,8 +114,15 @@ def _wanted(ops: Operands | Tangents, needed: tuple[bool, ...]) -> Shapes:
     return _Shapes(x.shape if need and x is not None else None for x, need in zip(ops[:4], needed, strict=False))
 
 
+NO_GRADS = (None,) * 4
+
+
 def _any(xs: tuple[Any, ...]) -> bool:
     return any(x is not None for x in xs)
+
+
+def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return y if x is None else x if y is None else x + y
 
 
 class Forward(_Rule):
@@ -150,17 +178,14 @@ class Vjp(_Rule):
         if not _any(cotangents):
             return (None,) * 10
         ops, (o, lse, do), t = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:], Tangents(*cotangents)
-        to, tau = jvp(ops, o, lse, t, ctx.spec)
-        shapes = _wanted(ops, ctx.needs_input_grad)
-        grads = hvp(ops, o, lse, do, t, None, to, tau, ctx.spec, shapes) if _any(shapes) else (None,) * 4
+        to, grads = along(ops, o, lse, do, t, ctx.spec, _wanted(ops, ctx.needs_input_grad))
         return (*grads, None, None, None, to if ctx.needs_input_grad[7] else None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         ops, (o, lse, do) = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
         t, tdo = Tangents(*tangents[:4]), tangents[7]
-        to, tau = jvp(ops, o, lse, t, ctx.spec)
-        return hvp(ops, o, lse, do, t, tdo, to, tau, ctx.spec, ctx.shapes)
+        return jvp_hvp(ops, o, lse, do, t, tdo, ctx.spec, ctx.shapes)[2:]
 
 
 class Jvp(_Rule):
@@ -186,13 +211,8 @@ class Jvp(_Rule):
             return (None,) * 12
         ops, t = Operands(*ctx.saved_tensors[:5]), Tangents(*ctx.saved_tensors[7:11])
         (o, lse), (to, tau) = ctx.saved_tensors[5:7], ctx.saved_tensors[11:]
-        grads = tangent_grads = (None,) * 4
-        if any(ctx.needs_input_grad[:4]):
-            shapes = _wanted(ops, ctx.needs_input_grad)
-            grads = hvp(ops, o, lse, w, t, None, to, tau, ctx.spec, shapes)
-        if any(ctx.needs_input_grad[7:11]):
-            shapes = _wanted(t, ctx.needs_input_grad[7:11])
-            tangent_grads = vjp(ops, o, lse, w, ctx.spec, shapes)
+        wanted = _wanted(ops, ctx.needs_input_grad), _wanted(t, ctx.needs_input_grad[7:11])
+        grads, tangent_grads = _pull_jvp(ops, o, lse, t, to, tau, w, ctx.spec, *wanted)
         return (*grads, None, None, None, *tangent_grads, None)
 
     @staticmethod
@@ -206,6 +226,16 @@ class Jvp(_Rule):
         return jvp_jvp(ops, o, lse, t, second, mixed, tau, tau2, ctx.spec), None
 
 
+def _pull_jvp(
+    ops: Operands, o: Tensor, lse: Tensor, t: Tangents, to: Tensor, tau: Tensor, w: Tensor, spec: AttentionSpec,
+    shapes: Shapes, tangent_shapes: Shapes,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Adjoint of :func:`jvp` at a cotangent ``w`` of ``to``: for the operands (an hvp) and for the tangents (a vjp)."""
+    grads = hvp(ops, o, lse, w, t, None, to, tau, spec, shapes) if _any(shapes) else NO_GRADS
+    tangent_grads = vjp(ops, o, lse, w, spec, tangent_shapes) if _any(tangent_shapes) else NO_GRADS
+    return grads, tangent_grads
+
+
 class ThirdOrder(_Rule):
     """Identity on an operand of Hvp; its derivative would be of third order."""
 
@@ -217,10 +247,13 @@ class ThirdOrder(_Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.spec = inputs[1]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise _third_order("hvp", ctx.spec)
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        if _any(cotangents):
+            raise _third_order("hvp", ctx.spec)
+        return None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -252,12 +285,9 @@ class Hvp(_Rule):
         if not _any(cotangents):
             return (None,) * 17
         ops, (o, lse, do), w = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:8], Tangents(*cotangents)
-        t = Tangents(*ctx.saved_tensors[8:12])
-        jw, tau = jvp(ops, o, lse, w, ctx.spec)
-        shapes = _wanted(t, ctx.needs_input_grad[8:12])
-        hw = hvp(ops, o, lse, do, w, None, jw, tau, ctx.spec, shapes) if _any(shapes) else (None,) * 4
-        # a gradient that reaches ThirdOrder raises there, and only if it is asked for
-        *operands, ddo = (None if x is None else torch.zeros_like(x) for x in (*ops[:4], do))
+        shapes = _wanted(Tangents(*ctx.saved_tensors[8:12]), ctx.needs_input_grad[8:12])
+        jw, hw = along(ops, o, lse, do, w, ctx.spec, shapes)
+        *operands, ddo = _third_order_zeros((*ops[:4], do), (*ctx.needs_input_grad[:4], ctx.needs_input_grad[7]))
         jw = jw if ctx.needs_input_grad[12] else None
         return (*operands, None, None, None, ddo, *hw, jw, None, None, None, None)
 
@@ -266,9 +296,59 @@ class Hvp(_Rule):
         if _any(tangents[:5]) or tangents[7] is not None:
             raise _third_order("hvp", ctx.spec)
         ops, (o, lse, do) = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:8]
-        t, tdo = Tangents(*tangents[8:12]), tangents[12]
-        to, tau = jvp(ops, o, lse, t, ctx.spec)
-        return hvp(ops, o, lse, do, t, tdo, to, tau, ctx.spec, ctx.shapes)
+        return jvp_hvp(ops, o, lse, do, Tangents(*tangents[8:12]), tangents[12], ctx.spec, ctx.shapes)[2:]
+
+
+def _third_order_zeros(tensors: tuple[Any, ...], needed: tuple[bool, ...]) -> Any:
+    """Gradients of operands that came through :class:`ThirdOrder`, which raises at them, and only if it is asked."""
+    return (torch.zeros_like(x) if need and x is not None else None for x, need in zip(tensors, needed, strict=True))
+
+
+class JvpHvp(_Rule):
+    """(q, k, v, mask, seed), o, lse, (tq, tk, tv, tmask), tdo, (q, k, v, mask), do, spec, shapes
+    -> (to, tau), (tdq, tdk, tdv, tdmask).
+
+    Its first half is Jvp of the operands. Its second half is Hvp of the second copy of them, which comes through
+    :class:`ThirdOrder`, as ``do`` does.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, spec, shapes = args
+        ops, (o, lse), t = Operands(*tensors[:5]), tensors[5:7], Tangents(*tensors[7:11])
+        return _call("jvp_hvp", spec, ops, o, lse, tensors[16], t, tensors[11], spec, shapes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.spec, ctx.shapes = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[:2])
+        ctx.save_for_forward(*tensors, *output[:2])
+
+    @staticmethod
+    def backward(ctx: Any, w: Any, _: Any, *cotangents: Any) -> Any:
+        saved, need = ctx.saved_tensors, ctx.needs_input_grad
+        ops, (o, lse), t, (to, tau) = Operands(*saved[:5]), saved[5:7], Tangents(*saved[7:11]), saved[17:]
+        grads, tangent_grads, guarded, jw = NO_GRADS, NO_GRADS, (None,) * 5, None
+        tangent_shapes = _wanted(t, need[7:11])
+        if w is not None:
+            wanted = _wanted(ops, need), tangent_shapes
+            grads, tangent_grads = _pull_jvp(ops, o, lse, t, to, tau, w, ctx.spec, *wanted)
+        if _any(cotangents):
+            last = Operands(*saved[12:16], ops.seed)
+            jw, hw = along(last, o, lse, saved[16], Tangents(*cotangents), ctx.spec, tangent_shapes)
+            tangent_grads = tuple(map(_add, tangent_grads, hw))
+            guarded = _third_order_zeros(saved[12:17], need[12:17])
+        return (*grads, None, None, None, *tangent_grads, jw if need[11] else None, *guarded, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        if _any(tangents[:5]) or _any(tangents[12:17]):
+            raise _third_order("hvp", ctx.spec)
+        saved = ctx.saved_tensors
+        to, _, *cotangents = JvpHvp.apply(*saved[:7], *tangents[7:12], *saved[12:17], ctx.spec, ctx.shapes)
+        return (to, None, *cotangents)
 
 
 class JvpJvp(_Rule):
@@ -325,8 +405,36 @@ def hvp(
     shapes: Shapes,
 ) -> Any:
     """tdq, tdk, tdv, tdmask; see :func:`theria.ops.reference.hvp`."""
-    *operands, guarded = (None if x is None else ThirdOrder.apply(x, spec) for x in (*ops[:4], do))
+    *operands, guarded = _guarded(ops, do, spec)
     return Hvp.apply(*operands, ops.seed, o, lse, guarded, *t, tdo, to, tau, spec, _Shapes(shapes))
+
+
+def _guarded(ops: Operands, do: Tensor, spec: AttentionSpec) -> Any:
+    return (None if x is None else ThirdOrder.apply(x, spec) for x in (*ops[:4], do))
+
+
+def jvp_hvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    spec: AttentionSpec,
+    shapes: Shapes,
+) -> Any:
+    """to, tau, tdq, tdk, tdv, tdmask: :func:`jvp` and then :func:`hvp` along the same direction."""
+    return JvpHvp.apply(*ops, o, lse, *t, tdo, *_guarded(ops, do, spec), spec, _Shapes(shapes))
+
+
+def along(
+    ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents, spec: AttentionSpec, shapes: Shapes
+) -> tuple[Tensor, Any]:
+    """J t and H t, the latter where its ``shapes`` are wanted."""
+    if not _any(shapes):
+        return jvp(ops, o, lse, t, spec)[0], NO_GRADS
+    to, _, *cotangents = jvp_hvp(ops, o, lse, do, t, None, spec, shapes)
+    return to, cotangents
 
 
 def jvp_jvp(

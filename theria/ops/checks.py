@@ -11,7 +11,15 @@ import difflib
 import torch
 from torch import Tensor
 
-from theria.ops.capabilities import ALIASES, CAPABILITIES, PREFERENCE
+from theria.ops.capabilities import (
+    ALIASES,
+    CAPABILITIES,
+    PREFERENCE,
+    Capability,
+    compute_capability,
+    interpreted,
+)
+from theria.ops.transforms import differentiated
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -194,27 +202,69 @@ def resolve(backend: str) -> str:
     return name
 
 
-def obstacle(backend: str, query: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
-    """Why ``backend`` cannot compute this call, or None when it can."""
+def obstacle(
+    backend: str,
+    query: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    *,
+    named: bool = True,
+    mask_gradient: bool = False,
+) -> str | None:
+    """Why ``backend`` cannot compute this call, or None when it can.
+
+    Args:
+        named: it was asked for by name; a backend is not chosen to run in an interpreter.
+        mask_gradient: a cotangent or a tangent of ``attn_mask`` is part of the call.
+    """
     can = CAPABILITIES[backend]
-    if (missing := can.missing()) is not None:
-        return missing
-    if can.devices is not None and query.device.type not in can.devices:
-        return f"it runs on {' and '.join(can.devices)}, and the inputs are on {query.device}"
+    why = _device_obstacle(can, query, named)
+    if why is not None:
+        return why
     if query.dtype not in can.dtypes:
         return f"it takes {', '.join(str(d) for d in can.dtypes)}, and the inputs are {query.dtype}"
-    width = max(query.shape[-1], value.shape[-1])
-    if can.max_head_dim is not None and width > can.max_head_dim:
-        return f"it takes head dimensions up to {can.max_head_dim}, and the inputs have {width}"
-    if not can.mask_gradient and attn_mask is not None and attn_mask.requires_grad:
-        return "it gives no gradient of attn_mask, and the one given requires grad"
+    for width in (query.shape[-1], value.shape[-1]):
+        if width < can.min_head_dim or (can.max_head_dim is not None and width > can.max_head_dim):
+            return f"it takes head dimensions {can.min_head_dim} to {can.max_head_dim}, and the inputs have {width}"
+    if not can.mask_gradient and attn_mask is not None:
+        if mask_gradient:
+            return "it gives no derivative with respect to attn_mask, and one is asked for"
+        if attn_mask.dtype != torch.bool and (what := differentiated(attn_mask)) is not None:
+            return f"it gives no derivative with respect to attn_mask, and the one given {what}"
     return None
 
 
-def check_backend(backend: str, query: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+def _device_obstacle(can: Capability, query: Tensor, named: bool) -> str | None:
+    """Why a backend cannot run on the device of a call."""
+    if can.devices is None:
+        return can.missing()
+    interpreter = can.interpreted_dtypes is not None and interpreted()
+    if query.device.type not in can.devices and not (interpreter and query.device.type == "cpu"):
+        where = " and ".join(can.devices)
+        also = ", on the CPU in Triton's interpreter (TRITON_INTERPRET=1)" if can.interpreted_dtypes else ""
+        return f"it runs on {where}{also}, and the inputs are on {query.device}"
+    if (missing := can.missing()) is not None:
+        return missing
+    if interpreter:
+        if not named:
+            return "it would run in Triton's interpreter (TRITON_INTERPRET=1), which is for tests: ask for it by name"
+        if query.dtype in can.dtypes and query.dtype not in can.interpreted_dtypes:
+            return f"Triton's interpreter (TRITON_INTERPRET=1) computes {query.dtype} wrongly"
+    elif (needed := can.min_compute_capability) is not None and (found := compute_capability(query.device)) < needed:
+        return f"it needs a GPU of compute capability {needed[0]}.{needed[1]}, and {query.device} has {found[0]}.{found[1]}"
+    return None
+
+
+def check_backend(
+    backend: str, query: Tensor, value: Tensor, attn_mask: Tensor | None, *, mask_gradient: bool = False
+) -> None:
     """Raise when the named backend cannot compute this call, with the reason and the backend that can."""
-    if (why := obstacle(backend, query, value, attn_mask)) is None:
+    if (why := obstacle(backend, query, value, attn_mask, mask_gradient=mask_gradient)) is None:
         return
-    able = [name for name in PREFERENCE if obstacle(name, query, value, attn_mask) is None]
+    able = [
+        name
+        for name in PREFERENCE
+        if obstacle(name, query, value, attn_mask, named=False, mask_gradient=mask_gradient) is None
+    ]
     instead = f"backend='{able[0]}' can" if able else "no backend of this version can"
     raise UnsupportedError(f"backend '{backend}' cannot compute this call: {why}; {instead}.")

@@ -29,13 +29,15 @@ Direction = Sequence[Tensor | None]
 class ExplicitCall:
     """One explicit call: the caller's operands, their canonical form and the rules that compute it."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], mask_gradient: bool = False
+    ) -> None:
         if options.get("dropout_p", 0.0) > 0.0 and options.get("seed") is None:
             raise checks.ArgumentError(
                 f"dropout_p is {options['dropout_p']} and seed is None; an explicit derivative must replay the mask of "
                 f"its forward. Pass the same seed to every function."
             )
-        call = prepare(query, key, value, **options)
+        call = prepare(query, key, value, **options, mask_gradient=mask_gradient)
         if options.get("enable_gqa") and key.shape[-3] != value.shape[-3]:
             raise checks.ArgumentError(
                 f"key has {key.shape[-3]} heads and value {value.shape[-3]}; the explicit functions need one number of "
@@ -89,6 +91,13 @@ class ExplicitCall:
         q, k, v = (x.shape for x in self.ops[:3])
         return q, k, v, mask.shape if mask_grad and mask is not None else None
 
+    def hvp(self, o: Tensor, lse: Tensor, do: Any, t: Tangents, tdo: Tensor | None, shapes: Shapes) -> Any:
+        """Tangents of the cotangents along ``t`` and ``tdo``, canonical."""
+        if self.rules is autograd:
+            return autograd.jvp_hvp(self.ops, o, lse, do, t, tdo, self.spec, shapes)[2:]
+        to, tau = reference.jvp(self.ops, o, lse, t, self.spec)
+        return reference.hvp(self.ops, o, lse, do, t, tdo, to, tau, self.spec, shapes)
+
     def leave_cotangents(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The wanted cotangents in the caller's shapes."""
         pairs = zip(grads, self.operands, strict=True)
@@ -132,7 +141,7 @@ def sdpa_vjp(
     Returns:
         (dquery, dkey, dvalue), with ``mask_grad`` (dquery, dkey, dvalue, dmask), shaped like the operands.
     """
-    call = ExplicitCall(query, key, value, options)
+    call = ExplicitCall(query, key, value, options, mask_grad)
     do, shapes = call.like_out("grad_out", grad_out), call.shapes(mask_grad)
     grads = call.rules.vjp(call.ops, *call.residuals(out, lse), do, call.spec, shapes)
     return call.leave_cotangents(grads)
@@ -160,7 +169,7 @@ def sdpa_jvp(
     Returns:
         The tangent of the output (..., N, E), and tau (..., N), the tangent of lse.
     """
-    call = ExplicitCall(query, key, value, options)
+    call = ExplicitCall(query, key, value, options, tangent_mask is not None)
     t = call.direction("tangent", (tangent_query, tangent_key, tangent_value, tangent_mask))
     to, tau = call.rules.jvp(call.ops, *call.residuals(out, lse), t, call.spec)
     return call.layout.leave(to), call.layout.leave_row(tau)
@@ -196,13 +205,12 @@ def sdpa_hvp(
     Returns:
         Tangents of (dquery, dkey, dvalue), with ``mask_grad`` also of dmask, shaped like the operands.
     """
-    call = ExplicitCall(query, key, value, options)
+    call = ExplicitCall(query, key, value, options, mask_grad or tangent_mask is not None)
     do, tdo = call.like_out("grad_out", grad_out), call.like_out("tangent_grad_out", tangent_grad_out)
     t = call.direction("tangent", (tangent_query, tangent_key, tangent_value, tangent_mask))
     shapes = call.shapes(mask_grad)
     o, lse = call.residuals(out, lse)
-    to, tau = call.rules.jvp(call.ops, o, lse, t, call.spec)
-    return call.leave_cotangents(call.rules.hvp(call.ops, o, lse, do, t, tdo, to, tau, call.spec, shapes))
+    return call.leave_cotangents(call.hvp(o, lse, do, t, tdo, shapes))
 
 
 def sdpa_jvp_jvp(
@@ -227,7 +235,7 @@ def sdpa_jvp_jvp(
     Returns:
         ∂²/∂ε₁∂ε₂ of sdpa(x + ε₁ first + ε₂ second + ε₁ε₂ mixed), (..., N, E).
     """
-    call = ExplicitCall(query, key, value, options)
+    call = ExplicitCall(query, key, value, options, any(x is not None for t in (first, second, mixed) for x in t[3:]))
     t1, t2 = call.direction("first", first), call.direction("second", second)
     t12 = call.direction("mixed", mixed)
     o, lse = call.residuals(out, lse)

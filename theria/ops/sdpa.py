@@ -41,15 +41,15 @@ class Explanation:
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected.items()])
 
 
-def choose(backend: str, query: Tensor, value: Tensor, attn_mask: Tensor | None) -> str:
+def choose(backend: str, query: Tensor, value: Tensor, attn_mask: Tensor | None, mask_gradient: bool = False) -> str:
     """The backend that computes a call: the named one or an error, for "auto" the best that can."""
     name = checks.resolve(backend)
     if name == "auto":
-        name = next(
-            (x for x in PREFERENCE if checks.obstacle(x, query, value, attn_mask) is None),
-            PREFERENCE[-1],
-        )
-    checks.check_backend(name, query, value, attn_mask)
+        for x in PREFERENCE:
+            if checks.obstacle(x, query, value, attn_mask, named=False, mask_gradient=mask_gradient) is None:
+                return x
+        name = PREFERENCE[-1]
+    checks.check_backend(name, query, value, attn_mask, mask_gradient=mask_gradient)
     return name
 
 
@@ -65,12 +65,16 @@ def prepare(
     enable_gqa: bool = False,
     seed: int | Tensor | None = None,
     backend: str = "auto",
+    mask_gradient: bool = False,
 ) -> Prepared:
-    """Check a call, choose its backend and bring it into canonical form."""
+    """Check a call, choose its backend and bring it into canonical form.
+
+    ``mask_gradient``: a cotangent or a tangent of ``attn_mask`` is part of the call.
+    """
     checks.check_inputs(query, key, value, attn_mask, enable_gqa)
     checks.check_dropout(dropout_p, seed)
     checks.check_scale(scale)
-    name = choose(backend, query, value, attn_mask)
+    name = choose(backend, query, value, attn_mask, mask_gradient)
     layout, ops = canonical(query, key, value, attn_mask, enable_gqa)
     scale = default_scale(query.shape[-1]) if scale is None else float(scale)
     spec = AttentionSpec(name, scale, bool(is_causal), float(dropout_p))
@@ -174,7 +178,7 @@ def explain(
     checks.check_inputs(query, key, value, attn_mask, enable_gqa)
     checks.check_dropout(dropout_p, seed)
     name = checks.resolve(backend)
-    obstacles = {x: checks.obstacle(x, query, value, attn_mask) for x in PREFERENCE}
+    obstacles = {x: checks.obstacle(x, query, value, attn_mask, named=x == name) for x in PREFERENCE}
     able = [x for x in PREFERENCE if obstacles[x] is None]
     chosen = (able[0] if able else None) if name == "auto" else (name if name in able else None)
     rejected = {x: why for x, why in obstacles.items() if why is not None}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from theria.ops.dropout import keep_scale, threshold
-from theria.ops.operands import AttentionSpec, Operands, batch_shape, sum_to
+from theria.ops.operands import AttentionSpec, Operands, Shapes, batch_shape, sum_to
 from theria.ops.triton.tensors import Call, Static, Strides
 from theria.ops.triton.tiles import Tile
 
@@ -113,6 +113,18 @@ class Frame:
         x = self.tensors[name] = _empty_in_order(self.tensors[like], tuple(shape), dtype or self.dtype)
         return x
 
+    def new_output(self, name: str = "o") -> Tensor:
+        """An uninitialised output or tangent of it, (*L, N, E)."""
+        return self.new(name, "q", (*self.lead, self.N, self.E))
+
+    def new_cotangents(self, shapes: Shapes) -> tuple[Tensor | None, ...]:
+        """The wanted cotangents of q, k, v as :meth:`finish` gives them, uninitialised, and None for the mask."""
+        names = zip("qkv", shapes, strict=False)
+        return (
+            *(None if s is None else _empty_in_order(self.tensors[name], tuple(s), self.dtype) for name, s in names),
+            None,
+        )
+
     def new_cotangent(self, name: str, shape: torch.Size | None, grouped: bool = False) -> Tensor | None:
         """What a kernel writes for the wanted cotangent ``name`` ("dq", "dk", "dv") of every head.
 
@@ -125,7 +137,10 @@ class Frame:
 
     def finish(self, x: Tensor | None, shape: torch.Size | None) -> Tensor | None:
         """A wanted cotangent from what the kernel wrote."""
-        return None if x is None or shape is None else sum_to(x, shape).to(self.dtype)
+        if x is None or shape is None or x.shape == shape:
+            return x
+        name = next(name for name in ("dq", "dk", "dv") if self.tensors.get(name) is x)
+        return _empty_in_order(self.tensors[name[-1]], tuple(shape), self.dtype).copy_(sum_to(x, shape))
 
     def sums_last(self, *shapes: torch.Size | None) -> bool:
         """Whether every wanted cotangent is a sum over the last leading dimension (grouped queries)."""

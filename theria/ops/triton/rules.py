@@ -1,0 +1,188 @@
+"""The rules of ``backend="triton"``, under the signatures of :mod:`theria.ops.reference`: each chooses its kernels.
+
+A call without a single score (no batch, no row or no key) and a zero direction launch nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theria.ops.checks import UnsupportedError
+from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
+from theria.ops.triton import forward as forward_kernels
+from theria.ops.triton import hvp as hvp_kernels
+from theria.ops.triton import jvp as jvp_kernels
+from theria.ops.triton import jvp_jvp as jvp_jvp_kernels
+from theria.ops.triton import vjp as vjp_kernels
+from theria.ops.triton.launch import Frame
+from theria.ops.triton.library import operator
+
+Cotangents = tuple[Tensor | None, ...]
+ZERO = Tangents()
+
+
+# What each rule returns, not written yet: also what a compiler is told about shapes, dtypes and strides.
+
+
+def new_forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    frame = Frame(ops, spec)
+    return frame.new_output(), frame.new_rows()
+
+
+def new_vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes) -> Cotangents:
+    return Frame(ops, spec, o=o, do=do).new_cotangents(shapes)
+
+
+def new_jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v)
+    return frame.new_output(), frame.new_rows()
+
+
+def new_hvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    to: Tensor,
+    tau: Tensor,
+    spec: AttentionSpec,
+    shapes: Shapes,
+) -> Cotangents:
+    return Frame(ops, spec, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to).new_cotangents(shapes)
+
+
+def new_jvp_jvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    t1: Tangents,
+    t2: Tangents,
+    t12: Tangents,
+    tau1: Tensor,
+    tau2: Tensor,
+    spec: AttentionSpec,
+) -> Tensor:
+    first, second = {"tq": t1.q, "tk": t1.k, "tv": t1.v}, {"tq2": t2.q, "tk2": t2.k, "tv2": t2.v}
+    return Frame(ops, spec, o=o, **first, **second, ttq=t12.q, ttk=t12.k, ttv=t12.v).new_output()
+
+
+def new_jvp_hvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    spec: AttentionSpec,
+    shapes: Shapes,
+) -> tuple[Any, ...]:
+    to, tau = new_jvp(ops, o, lse, t, spec)
+    return (to, tau, *new_hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
+
+
+def _zero(results: Any) -> Any:
+    if isinstance(results, Tensor):
+        return results.zero_()
+    return tuple(None if x is None else x.zero_() for x in results)
+
+
+def _empty(ops: Operands) -> bool:
+    """Whether a call has no score."""
+    return ops.q.numel() == 0 or ops.k.numel() == 0
+
+
+def _refuse_mask(*xs: Any) -> None:
+    """A mask that takes part in a derivative is refused with the call; this is for what nests too deep to see there."""
+    if any(x is not None for x in xs):
+        raise UnsupportedError(
+            "backend 'triton' gives no derivative with respect to attn_mask, and one is asked for; backend='custom' can."
+        )
+
+
+@operator(new_forward)
+def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """o, lse; see :func:`theria.ops.reference.forward`."""
+    if _empty(ops):
+        o, lse = new_forward(ops, spec)
+        return o.zero_(), lse.fill_(float("-inf"))
+    return forward_kernels.forward(ops, spec)
+
+
+@operator(new_vjp)
+def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes) -> Cotangents:
+    """dq, dk, dv, None; see :func:`theria.ops.reference.vjp`."""
+    _refuse_mask(shapes[3])
+    if _empty(ops):
+        return _zero(new_vjp(ops, o, lse, do, spec, shapes))
+    return vjp_kernels.vjp(ops, o, lse, do, spec, shapes)
+
+
+@operator(new_jvp)
+def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """to, tau; see :func:`theria.ops.reference.jvp`."""
+    _refuse_mask(t.mask)
+    if _empty(ops) or t == ZERO:
+        return _zero(new_jvp(ops, o, lse, t, spec))
+    return jvp_kernels.jvp(ops, o, lse, t, spec)
+
+
+@operator(new_hvp)
+def hvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    to: Tensor,
+    tau: Tensor,
+    spec: AttentionSpec,
+    shapes: Shapes,
+) -> Cotangents:
+    """tdq, tdk, tdv, None; see :func:`theria.ops.reference.hvp`."""
+    _refuse_mask(t.mask, shapes[3])
+    if _empty(ops) or (t == ZERO and tdo is None):
+        return _zero(new_hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
+    if t == ZERO:  # linear in tdo
+        return vjp(ops, o, lse, tdo, spec, shapes)
+    return hvp_kernels.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes)
+
+
+@operator(new_jvp_jvp)
+def jvp_jvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    t1: Tangents,
+    t2: Tangents,
+    t12: Tangents,
+    tau1: Tensor,
+    tau2: Tensor,
+    spec: AttentionSpec,
+) -> Tensor:
+    """tto; see :func:`theria.ops.reference.jvp_jvp`."""
+    _refuse_mask(t1.mask, t2.mask, t12.mask)
+    if _empty(ops):
+        return _zero(new_jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec))
+    return jvp_jvp_kernels.jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec)
+
+
+@operator(new_jvp_hvp)
+def jvp_hvp(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    spec: AttentionSpec,
+    shapes: Shapes,
+) -> tuple[Any, ...]:
+    """to, tau, tdq, tdk, tdv, None: jvp and hvp along one direction."""
+    to, tau = jvp(ops, o, lse, t, spec)
+    return (to, tau, *hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
