@@ -31,7 +31,7 @@ import torch
 
 from theria.ops.triton import short, tile_table
 from theria.ops.triton.launch import launch
-from theria.ops.triton.tiles import VARIANT, Key, Tile, is_short, override
+from theria.ops.triton.tiles import ROWS_ONLY, VARIANT, Key, Tile, is_short, override
 from theria.testing import difference
 from theria.testing.kernels import RULES, Problem, call, launches, make_problem, truth
 from theria.testing.machine import machine
@@ -69,7 +69,7 @@ HOPELESS = 1.5  # times the best so far at which a candidate is timed once and n
 
 def candidates(key: Key) -> list[Tile]:
     """Tiles to try, likely ones first."""
-    if key.kernel == "row_dots":
+    if key.kernel in ROWS_ONLY:
         return [Tile(rows, keys, warps, 1) for rows, keys, warps in ROW_SUM_BLOCKS]
     if is_short(key.kernel):
         side = [Tile(rows, key.keys, warps, 1) for rows, warps in product(SHORT_ROWS[key.keys], (1, 2, 4, 8))]
@@ -201,7 +201,7 @@ def tune(args: argparse.Namespace, results: dict[str, Any]) -> None:
 def wanted(args: argparse.Namespace, arch: int) -> Iterator[Key]:
     for kind, width, causal, kernel in product(args.kinds, args.widths, args.causal, args.kernels):
         if not is_short(kernel):
-            if kernel != "row_dots" or not causal:
+            if kernel not in ROWS_ONLY or not causal:
                 yield Key(kernel, width, kind, causal, arch)
         elif width <= short.WIDTH and not causal:
             yield from (Key(kernel, width, kind, causal, arch, keys) for keys in args.lengths)

@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from theria.ops.triton.tiles import VARIANT, Tile, is_short, override
-from theria.testing.kernels import ROW_SUMS, Launch, launches, make_problem, name_of
+from theria.ops.triton.tiles import ROWS_ONLY, VARIANT, Tile, is_short, override
+from theria.testing.kernels import Launch, launches, make_problem, name_of
 
 KB = 1024
 # The most that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability).
@@ -121,7 +121,7 @@ def compile_kernel(
 
 def ought_to_use_wgmma(kernel: str, tile: Tile, dtype: torch.dtype, arch: int) -> bool:
     """Whether a kernel with this tile ought to run on Hopper's matrix units."""
-    if arch != 90 or dtype == torch.float32 or tile.warps < WGMMA_WARPS or kernel == ROW_SUMS:
+    if arch != 90 or dtype == torch.float32 or tile.warps < WGMMA_WARPS or kernel in ROWS_ONLY:
         return False
     kept = min(tile.rows, tile.keys) if is_short(kernel) else tile.keys if "dkv" in kernel else tile.rows
     return kept >= WGMMA_ROWS

@@ -1,6 +1,6 @@
 """One problem for every fused kernel: the call of its host function, its truth, and its launches one by one.
 
-A kernel has the name by which :mod:`theria.ops.triton.tiles` knows it. What is done with a launch is up to the caller:
+A kernel has the name by which :mod:`theria.ops.triton.tiles` knows it; its function is called that and ``_kernel``. What is done with a launch is up to the caller:
 :mod:`theria.testing.compile` compiles it for a chip that need not be there, ``scripts/tune.py`` times it.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from theria.ops import reference
 from theria.ops.operands import AttentionSpec, Operands, Tangents, default_scale
+from theria.ops.triton.tiles import VARIANT
 
 
 class Launch(NamedTuple):
@@ -141,10 +142,10 @@ def _jvp_hvp(tdo: bool = False) -> Rule:
     return Rule("short", "jvp_hvp_short", lambda p: (*_second(p, tdo), p.spec, _shapes(p, "qkv")), both)
 
 
-# By kernel. No rule launches two of them, except for the row sums that vjp and hvp begin with.
+# By kernel: a rule that launches it.
 RULES = {
     "forward": Rule("forward", "forward", lambda p: (p.ops, p.spec), reference.forward),
-    "row_dots": _hvp("q"),
+    "row_stats": _hvp("q"),
     "vjp_dq": _vjp("q"),
     "vjp_dkv": _vjp("kv"),
     "jvp": Rule("jvp", "jvp", lambda p: (p.ops, p.o, p.lse, p.t, p.spec), reference.jvp),
@@ -162,7 +163,6 @@ RULES = {
     "second_short": _jvp_hvp(),
     "second_short_all": _jvp_hvp(tdo=True),
 }
-ROW_SUMS = "row_dots"
 
 
 def call(kernel: str, problem: Problem) -> tuple[Tensor, ...]:
@@ -203,9 +203,10 @@ def launches(kernel: str, problem: Problem) -> list[Launch]:
     start = import_module("theria.ops.triton.launch").launch
     import_module(f"theria.ops.triton.{RULES[kernel].module}")
     own: list[Launch] = []
+    name = kernel.removesuffix(VARIANT) + "_kernel"
 
     def handle(launch: Launch) -> None:
-        if (ROW_SUMS in name_of(launch)) == (kernel == ROW_SUMS):
+        if name_of(launch) == name:
             own.append(launch)
         elif launch.frame.device.type != "meta":
             start(*launch)

@@ -51,26 +51,37 @@ class Key(NamedTuple):
 
 
 INTERPRETER = Tile(64, 64, 1, 1)  # there a tile costs the same at any size: few large ones
-# By kind and width. 64 rows and 4 warps are the least for which Hopper's wgmma is used.
+# The side that a program keeps, with its accumulators, the side it walks over, warps and stages, by kind and width.
 DEFAULTS = {
-    "half": {
-        16: Tile(64, 64, 4, 2),
-        32: Tile(64, 64, 4, 2),
-        64: Tile(64, 64, 4, 1),
-        128: Tile(64, 32, 4, 1),
-        256: Tile(32, 16, 4, 1),
+    "first": {
+        ("half", 16): (64, 64, 4, 2),
+        ("half", 32): (64, 64, 4, 2),
+        ("half", 64): (64, 32, 4, 2),
+        ("half", 128): (64, 32, 4, 1),
+        ("half", 256): (32, 16, 4, 1),
+        ("float", 16): (64, 32, 4, 1),
+        ("float", 32): (64, 32, 4, 1),
+        ("float", 64): (32, 32, 4, 1),
+        ("float", 128): (32, 16, 8, 1),
+        ("float", 256): (16, 16, 8, 1),
     },
-    "float": {
-        16: Tile(64, 64, 4, 1),
-        32: Tile(64, 32, 4, 1),
-        64: Tile(32, 32, 4, 1),
-        128: Tile(32, 16, 4, 1),
-        256: Tile(16, 16, 4, 1),
+    "second": {
+        ("half", 16): (64, 16, 4, 2),
+        ("half", 32): (64, 16, 4, 2),
+        ("half", 64): (32, 32, 8, 1),
+        ("half", 128): (32, 16, 4, 1),
+        ("half", 256): (16, 16, 8, 1),
+        ("float", 16): (64, 16, 4, 1),
+        ("float", 32): (32, 16, 4, 1),
+        ("float", 64): (16, 16, 4, 1),
+        ("float", 128): (16, 16, 8, 1),
+        ("float", 256): (16, 16, 8, 1),
     },
 }
 LEAST, LARGEST = 16, 256  # sides of a tile
 VARIANT = "_all"
 SHORT = "short"
+ROWS_ONLY = ("row_stats", "row_dots")  # kernels without scores
 
 _overrides: dict[str, Tile] = {}
 
@@ -102,11 +113,13 @@ def lookup(key: Key) -> Tile:
     measured = TABLE.get(key) or TABLE.get(key._replace(kernel=key.kernel.removesuffix(VARIANT)))
     if measured:
         return Tile(*measured)
+    if key.kernel.removesuffix(VARIANT) in ROWS_ONLY:
+        return Tile(max(4096 // key.width, LEAST), LEAST, 4, 1)
     if is_short(key.kernel):
         return Tile(max(64 * 64 // max(key.keys, key.width), LEAST), key.keys, 8 if key.keys > 64 else 4, 1)
-    tile = DEFAULTS[key.kind][key.width]
-    # the side that a program keeps, with its accumulators, is the longer one
-    return tile._replace(rows=tile.keys, keys=tile.rows) if "dkv" in key.kernel else tile
+    order = "second" if key.kernel.startswith(("hvp", "jvp_jvp")) else "first"
+    kept, walked, warps, stages = DEFAULTS[order][key.kind, key.width]
+    return Tile(walked, kept, warps, stages) if "dkv" in key.kernel else Tile(kept, walked, warps, stages)
 
 
 def shrink(tile: Tile, rows: int, keys: int, width: int) -> Tile:
@@ -131,7 +144,7 @@ def key_of(kernel: str, frame: Any) -> Key:
     name = kernel + VARIANT if "tdo" in frame.tensors else kernel
     width = power_of_two(max(frame.D, frame.E))
     short = is_short(kernel)
-    causal = frame.spec.is_causal and not short and kernel != "row_dots"
+    causal = frame.spec.is_causal and not short and kernel not in ROWS_ONLY
     keys = power_of_two(frame.M) if short else 0
     return Key(name, width, kind(frame.dtype), causal, architecture(frame.device), keys)
 
