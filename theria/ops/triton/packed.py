@@ -125,40 +125,40 @@ def store(
 @triton.jit
 def _each_row(row, PACK: tl.constexpr, S: tl.constexpr):
     if PACK == 1:
-        return (row + tl.arange(0, S.BLOCK_M))[:, None]
+        return (row + tl.arange(0, S.BLOCK_M))[None, :]
     else:
-        return _rows(row, S.BLOCK_M)
+        return (row + tl.arange(0, S.BLOCK_M))[None, None, :]
 
 
 @triton.jit
 def load_row(pointer, head, row, other, call, PACK: tl.constexpr, S: tl.constexpr):
-    """A row statistic as a column, (rows, 1) or (heads, rows, 1); ``other`` where there is no row."""
+    """A row statistic as (1, rows) or (heads, 1, rows); ``other`` where there is no row."""
     rows = _each_row(row, PACK, S)
     return tl.load(at_row(pointer, head, call) + rows, mask=(rows < call.N) & (head >= 0), other=other)
 
 
 @triton.jit
 def store_row(pointer, x, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
-    """Write a row statistic, given as a column."""
+    """Write a row statistic, given as :func:`load_row` gives it."""
     rows = _each_row(row, PACK, S)
     tl.store(at_row(pointer, head, call) + rows, x, mask=(rows < call.N) & (head >= 0))
 
 
 @triton.jit
 def row_sum(x):
-    """Sum over the keys, as a column."""
-    return tl.expand_dims(tl.sum(x, len(x.shape) - 1), len(x.shape) - 1)
+    """Sum over the keys, as :func:`load_row` gives a row statistic."""
+    return tl.expand_dims(tl.sum(x, len(x.shape) - 2), len(x.shape) - 2)
 
 
 @triton.jit
 def scaled_scores(q, k, mask, strides, lead, row, call, PACK: tl.constexpr, S: tl.constexpr):
-    """S (1) in the unit of ``softmax.pivot``, masked; the keys are all of a head."""
+    """Sᵀ (1) in the unit of ``softmax.pivot``, masked, (keys, rows) or (heads, keys, rows); the keys are all of a head."""
     UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
-    x = product_with_transposed(q, k, None, S) * (call.scale * UNIT)
+    x = product_with_transposed(k, q, None, S) * (call.scale * UNIT)
     if PACK == 1:
-        return masks.mask_scores(x, mask, strides, lead, row, 0, call, True, UNIT, False, S)
+        return masks.mask_scores(x, mask, strides, lead, row, 0, call, True, UNIT, True, S)
     else:
-        rows, cols = _rows(row, S.BLOCK_M), _cols(S.BLOCK_N)
+        rows, cols = _cols(S.BLOCK_M) + row, _rows(0, S.BLOCK_N)
         if mask is not None:
             entries = at(mask, strides.mask, lead, 1)
             entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
@@ -176,11 +176,11 @@ def scaled_scores(q, k, mask, strides, lead, row, call, PACK: tl.constexpr, S: t
 
 @triton.jit
 def keep_factor(seed, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
-    """R (3) of the rows from ``row`` against all keys; None without dropout (as ``dropout.keep_factor``)."""
+    """Rᵀ (3) of the rows from ``row`` against all keys; None without dropout (as ``dropout.keep_factor``)."""
     if seed is None:
         return
     elif PACK == 1:
-        return dropout.keep_factor(seed, head, row, 0, call, S.BLOCK_M, S.BLOCK_N, False)
+        return dropout.keep_factor(seed, head, row, 0, call, S.BLOCK_M, S.BLOCK_N, True)
     else:
         position = tl.cast(head, tl.int64) % call.heads
         zero = tl.zeros((PACK, S.BLOCK_M, S.BLOCK_N // 4), tl.uint32)
@@ -190,4 +190,4 @@ def keep_factor(seed, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
         high = zero + (position >> 32).to(tl.uint32)
         w0, w1, w2, w3 = tl.philox(seed, group, rows, low, high)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (PACK, S.BLOCK_M, S.BLOCK_N))
-        return tl.where(words.to(tl.int64) >= call.threshold, call.keep_scale, 0.0)
+        return tl.permute(tl.where(words.to(tl.int64) >= call.threshold, call.keep_scale, 0.0), (0, 2, 1))

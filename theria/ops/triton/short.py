@@ -34,7 +34,7 @@ from theria.ops.triton.tiles import Tile
 
 @triton.jit
 def _weights(q, k, lse, mask, seed, strides, lead, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
-    """P (2) of a block of rows; exactly 0 in rows that do not exist."""
+    """Pᵀ (2) of a block of rows; exactly 0 in rows that do not exist."""
     pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), q.dtype)
     x = scaled_scores(q, k, mask, strides, lead, row, call, PACK, S)
     return probabilities(x, pivots, q.dtype)
@@ -44,21 +44,37 @@ def _weights(q, k, lse, mask, seed, strides, lead, head, row, call, PACK: tl.con
 def _add(acc, a, b, S: tl.constexpr):
     """acc + a b with ``a`` rounded to the dtype of ``b``; ``acc`` where either is absent."""
     if a is None or b is None:
-        if acc is None:
-            return
-        else:
-            return acc
+        return acc
     else:
         return product(a.to(b.dtype), b, acc, S)
 
 
 @triton.jit
 def _add_transposed(acc, a, b, S: tl.constexpr):
-    """acc + aᵀ b with ``a`` rounded to the dtype of ``b``; ``acc`` where either is absent."""
+    """acc + aᵀ b, or the transpose of it (:func:`_store_rows` knows): the side that holds 64 is the one for wgmma's rows.
+
+    ``a`` is rounded to the dtype of ``b``; ``acc`` where either is absent.
+    """
     if a is None or b is None:
-        return acc
+        if acc is None:
+            return
+        else:
+            return acc
+    elif b.shape[len(b.shape) - 1] >= 64:
+        return product(transposed(b), a.to(b.dtype), acc, S)
     else:
         return product(transposed(a.to(b.dtype)), b, acc, S)
+
+
+@triton.jit
+def _store_rows(pointer, x, strides, lead, row, call, WIDTH: tl.constexpr, PACK: tl.constexpr, S: tl.constexpr):
+    """Write what :func:`_add_transposed` gave for a block of rows; zeros if it gave None."""
+    BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+    if x is None:
+        x = _zeros(S.BLOCK_M, BLOCK_W, PACK)
+    elif BLOCK_W >= 64:
+        x = transposed(x)
+    store(at(pointer, strides, lead, S.VEC), x, row, call.N, strides, S.BLOCK_M, WIDTH, S.EVEN_N, PACK, S)
 
 
 @triton.jit
@@ -87,15 +103,15 @@ def _vjp_block(acc_k, acc_v, k, v, q, do, dq, dk, dv, lse, mask, seed, strides, 
     p = _weights(q, k, lse, mask, seed, strides, lead, head, row, call, PACK, S)
     keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
     if dv is not None:
-        acc_v = _add_transposed(acc_v, drop(p, keep), do, S)
+        acc_v = _add(acc_v, drop(p, keep), do, S)
     if dq is not None or dk is not None:
-        dp = drop(product_with_transposed(do, v, None, S), keep)
+        dp = drop(product_with_transposed(v, do, None, S), keep)
         ds = (p * (dp - row_sum(p * dp))).to(k.dtype)
         if dq is not None:
-            x = _add(None, ds, k, S) * call.scale
-            store(at(dq, strides.dq, lead, S.VEC), x, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
+            x = _add_transposed(None, ds, k, S) * call.scale
+            _store_rows(dq, x, strides.dq, lead, row, call, "D", PACK, S)
         if dk is not None:
-            acc_k = _add_transposed(acc_k, ds, q, S)
+            acc_k = _add(acc_k, ds, q, S)
     return acc_k, acc_v
 
 
@@ -110,45 +126,41 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
     tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
     p = _weights(q, k, lse, mask, seed, strides, lead, head, row, call, PACK, S)
     keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
-    out = _zeros(S.BLOCK_M, S.BLOCK_E, PACK)
-    total = row_sum(_zeros(S.BLOCK_M, 16, PACK))
-    tp, y, tdq = None, None, None
-    ts = product_with_transposed(q, tk, product_with_transposed(tq, k, None, S), S)
+    total = row_sum(_zeros(16, S.BLOCK_M, PACK))
+    tp, ds, y, out = None, None, None, None
+    ts = product_with_transposed(tk, q, product_with_transposed(k, tq, None, S), S)
     if ts is not None:
         ts *= call.scale
         total = row_sum(p * ts)
         tp = p * (ts - total)  # (13)
-        out = _add(out, drop(tp, keep), v, S)
+        out = _add_transposed(out, drop(tp, keep), v, S)
         if dv is not None:
-            acc_v = _add_transposed(acc_v, drop(tp, keep), do, S)
+            acc_v = _add(acc_v, drop(tp, keep), do, S)
     store_row(tau, total, head, row, call, PACK, S)
     if dv is not None:
-        acc_v = _add_transposed(acc_v, drop(p, keep), tdo, S)
-    out = _add(out, drop(p, keep), tv, S)
-    store(at(to, strides.to, lead, S.VEC), out, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
+        acc_v = _add(acc_v, drop(p, keep), tdo, S)
+    out = _add_transposed(out, drop(p, keep), tv, S)
+    _store_rows(to, out, strides.to, lead, row, call, "E", PACK, S)
     if dq is not None or dk is not None:
         if tp is not None:
-            dp = drop(product_with_transposed(do, v, None, S), keep)
+            dp = drop(product_with_transposed(v, do, None, S), keep)
             dp -= row_sum(p * dp)
             y = tp * dp
             ds = (p * dp).to(k.dtype)
-            if dq is not None:
-                tdq = _add(None, ds, tk, S)
             if dk is not None:
-                acc_k = _add_transposed(acc_k, ds, tq, S)
-        tdp = product_with_transposed(do, tv, product_with_transposed(tdo, v, None, S), S)
+                acc_k = _add(acc_k, ds, tq, S)
+        tdp = product_with_transposed(tv, do, product_with_transposed(v, tdo, None, S), S)
         if tdp is not None:
             y = p * drop(tdp, keep) if y is None else y + p * drop(tdp, keep)
         if y is not None:
             y = (y - p * row_sum(y)).to(k.dtype)  # (16): rowsum(tP) = 0 makes rowsum(y) tdelta
             if dk is not None:
-                acc_k = _add_transposed(acc_k, y, q, S)
+                acc_k = _add(acc_k, y, q, S)
         if dq is not None:
-            tdq = _add(tdq, y, k, S)
-            if tdq is None:
-                tdq = _zeros(S.BLOCK_M, S.BLOCK_D, PACK)
-            tdq *= call.scale
-            store(at(dq, strides.dq, lead, S.VEC), tdq, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
+            tdq = _add_transposed(_add_transposed(None, ds, tk, S), y, k, S)
+            if tdq is not None:
+                tdq *= call.scale
+            _store_rows(dq, tdq, strides.dq, lead, row, call, "D", PACK, S)
     return acc_k, acc_v
 
 
