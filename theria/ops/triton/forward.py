@@ -67,16 +67,13 @@ def forward_kernel(q, k, v, mask, seed, o, lse, strides, call, S: tl.constexpr):
             acc, total, top, q_tile, keys, mask, seed, strides, lead, head, row, col, call, False, S
         )
     if S.CAUSAL or not S.EVEN_M:
-        for col in range(plain, end, S.BLOCK_N):
+        for col in tl.range(plain, end, S.BLOCK_N, num_stages=1):
             acc, total, top = _step(
                 acc, total, top, q_tile, keys, mask, seed, strides, lead, head, row, col, call, True, S
             )
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: o = 0, lse = −∞
     store(at(o, strides.o, lead, S.VEC), acc / total[:, None], row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
-    if q_tile.dtype == tl.float32:
-        rows = top + tl.log(total)
-    else:
-        rows = (top + tl.log2(total)) * LN2
+    rows = top + tl.log(total) if q_tile.dtype == tl.float32 else (top + tl.log2(total)) * LN2
     store_row(at_row(lse, head, call), rows, row, call.N, S.BLOCK_M, S.EVEN_N)
 
 
@@ -89,7 +86,7 @@ def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         ops, spec = ops._replace(q=-ops.q), replace(spec, scale=-spec.scale)
     frame = Frame(ops, spec)
     tile = select("forward", frame)
-    o, lse = frame.new("o", "q", (*frame.lead, frame.N, frame.E)), frame.new_rows()
+    o, lse = frame.new_output(), frame.new_rows()
     tensors, strides, call, static = frame.describe(NAMES, tile)
     programs = -(-frame.N // tile.rows) * frame.heads
     launch(forward_kernel, programs, frame, (*tensors, lse, strides, call), static, tile)
