@@ -2,6 +2,7 @@
 
     python scripts/bench.py                                   # the shape of the documentation: N = M = 4096
     python scripts/bench.py --shape 1,4,1024,64 --causal both --out results.json
+    python scripts/bench.py --gpu --out results               # the fused kernels on a GPU (bench_gpu.py)
 
 Each row runs in a process of its own: it first checks the values against float64 on a small problem, then measures the
 median time and the peak of the process's memory beyond what it held before the call. A row whose check fails is an
@@ -134,11 +135,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--orders", nargs="+", default=list(ORDERS), choices=ORDERS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--gpu", action="store_true", help="the benchmark on a GPU instead; see --gpu --help")
     parser.add_argument("--row", nargs=2, metavar=("CANDIDATE", "ORDER"), help="measure one row here (internal)")
     return parser.parse_args()
 
 
 def main() -> None:
+    if "--gpu" in sys.argv:
+        import bench_gpu
+
+        bench_gpu.main([argument for argument in sys.argv[1:] if argument != "--gpu"])
+        return
     args = parse()
     shape, dtype = tuple(int(n) for n in args.shape.split(",")), getattr(torch, args.dtype)
     if args.row:

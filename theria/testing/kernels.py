@@ -1,7 +1,8 @@
 """One problem for every fused kernel: the call of its host function, its truth, and its launches one by one.
 
-A kernel has the name by which :mod:`theria.ops.triton.tiles` knows it; its function is called that and ``_kernel``. What is done with a launch is up to the caller:
-:mod:`theria.testing.compile` compiles it for a chip that need not be there, ``scripts/tune.py`` times it.
+A kernel has the name by which :mod:`theria.ops.triton.tiles` knows it; its function has that name and ``_kernel``. What
+is done with a launch is up to the caller: :mod:`theria.testing.compile` compiles it for a chip that need not be there,
+``scripts/tune.py`` times it.
 """
 
 from __future__ import annotations
