@@ -31,13 +31,12 @@ import torch
 
 from theria.ops.triton import short, tile_table
 from theria.ops.triton.launch import launch
-from theria.ops.triton.tiles import ROWS_ONLY, VARIANT, Key, Tile, is_short, override
+from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, Key, Tile, is_short, override
 from theria.testing import difference
 from theria.testing.kernels import RULES, Problem, call, launches, make_problem, truth
 from theria.testing.machine import machine
 
 TABLE_FILE = Path(tile_table.__file__)
-DTYPES = {"half": torch.bfloat16, "float": torch.float32}
 WIDTHS = (64, 128, 32, 16, 256)
 # Sides of the outer block, which a program keeps, and of the inner one, which it walks over; warps.
 BLOCKS = {

@@ -1,15 +1,21 @@
 """What the compiler makes of the fused kernels for a chip that need not be there.
 
+    python -m theria.testing.compile 90 jvp hvp_dkv      # every configuration of these kernels for sm_90, one line each
+
 Needs Triton, whose package brings the assembler, and no GPU. It must run in a process in which ``TRITON_INTERPRET`` is
 not set, and changes that process for good: no kernel can be launched in it afterwards.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +24,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from theria.ops.triton.tiles import ROWS_ONLY, VARIANT, Tile, is_short, override
-from theria.testing.kernels import Launch, launches, make_problem, name_of
+from theria.ops.triton.tile_table import TABLE
+from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, WIDTHS, Key, Tile, is_short, lookup, measured, override
+from theria.testing.kernels import RULES, Launch, launches, make_problem, name_of
 
 KB = 1024
 # The most that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_LIMITS = {80: 163 * KB, 86: 99 * KB, 87: 163 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}
+SHORT_SIDES = (16, 32, 64, 128)  # keys of the short kernels
 WGMMA_ROWS, WGMMA_WARPS = 64, 4  # the least that a product needs on each side of a warp group
 
 
@@ -136,3 +144,55 @@ def _usage(cubin: bytes) -> dict[str, int]:
         shown = subprocess.run([str(tool), "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     line = next(line for line in shown.splitlines() if "REG:" in line)
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+
+
+def shape_for(key: Key) -> tuple[int, int, int, int, int, int]:
+    """(B, H, N, M, D, E) of a call that a key is for."""
+    rows = key.keys or 4096
+    return 4, 16, rows, rows, key.width, key.width
+
+
+def configurations(arch: int, kernels: Sequence[str] = tuple(RULES)) -> Iterator[Key]:
+    """Every entry of the tile table for a chip, and what has the default tile there instead.
+
+    Of a default, whose tile does not depend on it, only the causal case is named, which has both loops, and the variant
+    with all tangents.
+    """
+    yield from (Key(*key) for key in TABLE if key[4] == arch and key[0] in kernels)
+    for kernel, width, kind in product(kernels, WIDTHS, DTYPES):
+        if kernel + VARIANT in RULES:
+            continue
+        if is_short(kernel):
+            keys = [Key(kernel, width, kind, False, arch, side) for side in SHORT_SIDES if width <= SHORT_SIDES[-1]]
+        else:
+            keys = [Key(kernel, width, kind, kernel not in ROWS_ONLY, arch)]
+        yield from (key for key in keys if not measured(key))
+
+
+def check(key: Key) -> tuple[list[Compiled], list[str]]:
+    """A configuration compiled, and what is wrong with it."""
+    dtype, tile = DTYPES[key.kind], lookup(key)
+    made = compile_kernel(key.kernel, tile, key.arch, shape_for(key), dtype, key.causal)
+    wgmma = ought_to_use_wgmma(key.kernel, tile, dtype, key.arch)
+    return made, [fault for one in made for fault in one.faults(wgmma=wgmma)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arch", type=int, choices=SHARED_LIMITS)
+    parser.add_argument("kernels", nargs="*", default=list(RULES), metavar="kernel", help=", ".join(RULES))
+    args = parser.parse_args()
+    bad = 0
+    for key in configurations(args.arch, args.kernels):
+        made, faults = check(key)
+        bad += bool(faults)
+        figures = " + ".join(f"{x.registers} registers, {x.shared} bytes, {x.wgmma} wgmma" for x in made)
+        print(
+            f"{'BAD ' if faults else 'ok  '}{tuple(key)} {tuple(lookup(key))}: {'; '.join(faults) or figures}",
+            flush=True,
+        )
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -79,6 +79,8 @@ DEFAULTS = {
     },
 }
 LEAST, LARGEST = 16, 256  # sides of a tile
+WIDTHS = (16, 32, 64, 128, 256)
+DTYPES = {"half": torch.bfloat16, "float": torch.float32}  # one of each kind
 VARIANT = "_all"
 SHORT = "short"
 ROWS_ONLY = ("row_stats", "row_dots")  # kernels without scores
@@ -108,11 +110,17 @@ def is_short(kernel: str) -> bool:
     return SHORT in kernel
 
 
+def measured(key: Key) -> Tile | None:
+    """The entry of the table; without one of its own a variant has that of its kernel."""
+    entry = TABLE.get(key) or TABLE.get(key._replace(kernel=key.kernel.removesuffix(VARIANT)))
+    return Tile(*entry) if entry else None
+
+
 def lookup(key: Key) -> Tile:
     """The tile of the table, else a default that works on every chip."""
-    measured = TABLE.get(key) or TABLE.get(key._replace(kernel=key.kernel.removesuffix(VARIANT)))
-    if measured:
-        return Tile(*measured)
+    tile = measured(key)
+    if tile:
+        return tile
     if key.kernel.removesuffix(VARIANT) in ROWS_ONLY:
         return Tile(max(4096 // key.width, LEAST), LEAST, 4, 1)
     if is_short(key.kernel):
