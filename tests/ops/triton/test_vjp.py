@@ -13,8 +13,9 @@ from theria.ops.operands import Tangents
 from theria.ops.triton import vjp as module
 from theria.ops.triton.forward import forward
 from theria.ops.triton.launch import Frame
+from theria.ops.triton.row_stats import row_stats
 from theria.ops.triton.tiles import Tile, override
-from theria.ops.triton.vjp import row_dots, vjp
+from theria.ops.triton.vjp import vjp
 
 # Relative, in the norm. float32: rounding of a chain of three products. float16: 2⁻¹¹ of O, P, dS and of the results.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -77,7 +78,7 @@ def test_half_precision_is_no_worse_than_plain_pytorch():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tile", [Tile(16, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 32, 4, 2, True)])
 def test_tiles_of_other_shapes(tile, causal):
-    with override("vjp_dq", tile), override("vjp_dkv", tile), override("row_dots", tile):
+    with override("vjp_dq", tile), override("vjp_dkv", tile), override("row_stats", tile):
         check(*random_call(70, 90, 8, 8, lead=(1,), is_causal=causal))
 
 
@@ -88,9 +89,7 @@ def test_what_is_not_wanted_is_not_computed(wanted, monkeypatch):
     monkeypatch.setattr(module, "launch", lambda kernel, *args: (launched.append(kernel), launch(kernel, *args)))
     check(*random_call(5, 7, 4, 3), wanted)
     dq, dk, dv = wanted
-    expected = (
-        [module.row_dots_kernel] * (dq or dk) + [module.vjp_dq_kernel] * dq + [module.vjp_dkv_kernel] * (dk or dv)
-    )
+    expected = [module.vjp_dq_kernel] * dq + [module.vjp_dkv_kernel] * (dk or dv)
     assert launched == expected
 
 
@@ -194,16 +193,23 @@ def test_a_cotangent_without_strides():
     check(*random_call(20, 70, 8, 8), do=torch.ones((), device=DEVICE).expand(2, 20, 8))
 
 
-def test_row_dots():
-    ops, spec = random_call(37, 5, 4, 24, dtype=torch.float16)
-    o, do, tdo, to = (make(2, 37, 24, dtype=torch.float16) for _ in range(4))
-    exact_o, exact_do, exact_tdo, exact_to = (x.double() for x in (o, do, tdo, to))
-    tangents = {"tdo": tdo, "to": to}
-    for given in ((), ("to",), ("tdo", "to")):
-        delta, tdelta = row_dots(Frame(ops, spec, o=o, do=do, **{name: tangents[name] for name in given}))
-        truth = (exact_do * exact_to).sum(-1) + ((exact_tdo * exact_o).sum(-1) if "tdo" in given else 0.0)
-        assert error(delta, (exact_do * exact_o).sum(-1)) <= TOLERANCE[torch.float32]
-        assert tdelta is None if not given else error(tdelta, truth) <= TOLERANCE[torch.float32]
+def test_row_stats():
+    """delta and tdelta of the rows that exist; those that fill up a block have lse = ∞."""
+    ops, spec = random_call(37, 5, 4, 24)
+    o, do, tdo, to = (make(2, 37, 24) for _ in range(4))
+    lse, tau = make(2, 37), make(2, 37)
+    o64, do64, tdo64, to64 = (x.double() for x in (o, do, tdo, to))
+    delta, tdelta = (do64 * o64).sum(-1), (do64 * to64).sum(-1)
+    first = row_stats(Frame(ops, spec, o=o, do=do), lse)
+    second = row_stats(Frame(ops, spec, o=o, do=do, to=to), lse, tau)
+    whole = row_stats(Frame(ops, spec, o=o, do=do, to=to, tdo=tdo), lse, tau)
+    for stats, tangent in ((first, None), (second, tdelta), (whole, tdelta + (tdo64 * o64).sum(-1))):
+        assert torch.equal(stats[:, :37, 0], lse)
+        assert error(stats[:, :37, 1], delta) <= TOLERANCE[torch.float32]
+        assert (stats[:, 37:, 0] == float("inf")).all()
+        if tangent is not None:
+            assert torch.equal(stats[:, :37, 2], tau)
+            assert error(stats[:, :37, 3], tangent) <= TOLERANCE[torch.float32]
 
 
 def test_it_is_the_adjoint_of_the_jvp():

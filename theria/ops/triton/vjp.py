@@ -99,7 +99,7 @@ def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: tl.constexpr, DV: tl.co
     rows = (at(q, strides.q, lead, S.VEC), at(do, strides.do, lead, S.VEC), stats)
     start, plain = row_range(col, call, S)
     if S.CAUSAL:
-        for row in tl.range(start, plain, S.BLOCK_M, num_stages=1):
+        for row in range(start, plain, S.BLOCK_M):
             acc_k, acc_v = _dkv_step(acc_k, acc_v, keys, rows, common, row, col, True, DK, DV, S)
     for row in range(plain, call.N, S.BLOCK_M):
         acc_k, acc_v = _dkv_step(acc_k, acc_v, keys, rows, common, row, col, False, DK, DV, S)
