@@ -238,20 +238,22 @@ def _device_obstacle(can: Capability, query: Tensor, named: bool) -> str | None:
     """Why a backend cannot run on the device of a call."""
     if can.devices is None:
         return can.missing()
-    interpreter = can.interpreted_dtypes is not None and interpreted()
-    if query.device.type not in can.devices and not (interpreter and query.device.type == "cpu"):
+    simulated = can.interpreted_dtypes if interpreted() else None
+    if query.device.type not in can.devices and not (simulated and query.device.type == "cpu"):
         where = " and ".join(can.devices)
         also = ", on the CPU in Triton's interpreter (TRITON_INTERPRET=1)" if can.interpreted_dtypes else ""
         return f"it runs on {where}{also}, and the inputs are on {query.device}"
     if (missing := can.missing()) is not None:
         return missing
-    if interpreter:
+    if simulated:
         if not named:
             return "it would run in Triton's interpreter (TRITON_INTERPRET=1), which is for tests: ask for it by name"
-        if query.dtype in can.dtypes and query.dtype not in can.interpreted_dtypes:
+        if query.dtype in can.dtypes and query.dtype not in simulated:
             return f"Triton's interpreter (TRITON_INTERPRET=1) computes {query.dtype} wrongly"
-    elif (needed := can.min_compute_capability) is not None and (found := compute_capability(query.device)) < needed:
-        return f"it needs a GPU of compute capability {needed[0]}.{needed[1]}, and {query.device} has {found[0]}.{found[1]}"
+    elif can.min_compute_capability is not None:
+        found, needed = (".".join(map(str, x)) for x in (compute_capability(query.device), can.min_compute_capability))
+        if compute_capability(query.device) < can.min_compute_capability:
+            return f"it needs a GPU of compute capability {needed} or newer, and {query.device} has {found}"
     return None
 
 

@@ -21,6 +21,7 @@ from theria.ops import autograd, checks, reference
 from theria.ops.operands import Shapes, Tangents, batch_shape
 from theria.ops.sdpa import prepare
 from theria.ops.sweep import compute_dtype
+from theria.ops.transforms import in_graph
 
 # One tangent per operand, None for zero: (query, key, value) or (query, key, value, attn_mask).
 Direction = Sequence[Tensor | None]
@@ -104,6 +105,7 @@ class ExplicitCall:
         return tuple(x.reshape(operand.shape) for x, operand in pairs if x is not None and operand is not None)
 
 
+@in_graph
 def sdpa_forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp (README (2)-(4)).
 
@@ -120,6 +122,7 @@ def sdpa_forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> t
     return call.layout.leave(o), call.layout.leave_row(lse)
 
 
+@in_graph
 def sdpa_vjp(
     query: Tensor,
     key: Tensor,
@@ -147,6 +150,7 @@ def sdpa_vjp(
     return call.leave_cotangents(grads)
 
 
+@in_graph
 def sdpa_jvp(
     query: Tensor,
     key: Tensor,
@@ -175,6 +179,7 @@ def sdpa_jvp(
     return call.layout.leave(to), call.layout.leave_row(tau)
 
 
+@in_graph
 def sdpa_hvp(
     query: Tensor,
     key: Tensor,
@@ -213,6 +218,7 @@ def sdpa_hvp(
     return call.leave_cotangents(call.hvp(o, lse, do, t, tdo, shapes))
 
 
+@in_graph
 def sdpa_jvp_jvp(
     query: Tensor,
     key: Tensor,

@@ -11,6 +11,7 @@ from theria.ops import checks, reference
 from theria.ops.autograd import Forward, autocasts
 from theria.ops.capabilities import CAPABILITIES, PREFERENCE
 from theria.ops.operands import AttentionSpec, Layout, Operands, canonical, default_scale, with_dropout
+from theria.ops.transforms import in_graph
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in tensors)
 
 
+@in_graph
 def sdpa(
     query: Tensor,
     key: Tensor,

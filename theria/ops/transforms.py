@@ -1,8 +1,11 @@
-"""What PyTorch has wrapped around a tensor: the one place that asks ``torch.func`` and the dispatcher for their state."""
+"""What PyTorch has wrapped around a tensor: the one place that asks ``torch.func`` and the dispatcher about it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -16,6 +19,31 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def in_graph(function: Call) -> Call:
+    """Keep a function whole under ``torch.compile``: its derivatives are taken by what it calls, not traced into.
+
+    What it calls then runs under the tracing of AOTAutograd, which records the operators that compute. This is
+    ``torch.compiler.allow_in_graph``, called when it is first needed: to call it imports the compiler, which takes
+    longer than to import torch.
+    """
+
+    def allow() -> None:
+        torch.compiler.allow_in_graph(function)
+
+    # what torch.compiler.assume_constant_result sets: run while tracing, not traced
+    allow._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            allow()
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def differentiated(x: Tensor) -> str | None:

@@ -23,6 +23,8 @@ MAX_ROW_STRIDE = 2**22  # offsets inside a tile, of at most 256 rows, are 32-bit
 PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
 UNALIGNED = ("mask", "seed")  # addressed element by element
 
+WIDE_E = ("v", "o", "do", "tv", "tdo", "to", "tv2", "ttv", "dv")  # the others have width D
+
 Steps = tuple[tuple[int, ...], ...]
 
 
@@ -173,6 +175,8 @@ class Frame:
             EVEN_M=self.M % tile.keys == 0,
             VEC=vec,
             PRECISION=precision(self.dtype),
+            ROW_D=_common_row([present[name] for name in operands if name not in WIDE_E]),
+            ROW_E=_common_row([present[name] for name in operands if name in WIDE_E]),
             GROUPED=grouped,
         )
         return [self.tensors.get(name) for name in names], Strides(**strides), call, static
@@ -200,6 +204,12 @@ def _readable(x: Tensor) -> Tensor:
 def _steps(x: Tensor) -> tuple[int, ...]:
     """Strides over the leading dimensions, 0 where x is broadcast."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True))
+
+
+def _common_row(tensors: Sequence[Tensor]) -> int:
+    """The stride that the rows of all tensors have in common, 0 where they have none (a single row has any)."""
+    rows = {x.stride(-2) for x in tensors if x.shape[-2] > 1}
+    return rows.pop() if len(rows) == 1 else 0
 
 
 def _inner(name: str, x: Tensor) -> tuple[int, ...]:

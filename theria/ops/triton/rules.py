@@ -5,9 +5,8 @@ A call without a single score (no batch, no row or no key) and a zero direction 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from theria.ops.checks import UnsupportedError
@@ -16,12 +15,21 @@ from theria.ops.triton import forward as forward_kernels
 from theria.ops.triton import hvp as hvp_kernels
 from theria.ops.triton import jvp as jvp_kernels
 from theria.ops.triton import jvp_jvp as jvp_jvp_kernels
+from theria.ops.triton import short
 from theria.ops.triton import vjp as vjp_kernels
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.library import operator
 
 Cotangents = tuple[Tensor | None, ...]
-ZERO = Tangents()
+
+
+class Sizes(NamedTuple):
+    """What the choice between kernels for short and for long sequences depends on."""
+
+    N: int
+    M: int
+    D: int
+    E: int
 
 
 # What each rule returns, not written yet: also what a compiler is told about shapes, dtypes and strides.
@@ -96,11 +104,22 @@ def _empty(ops: Operands) -> bool:
     return ops.q.numel() == 0 or ops.k.numel() == 0
 
 
+def _short(ops: Operands) -> bool:
+    """Whether one program can hold all keys of a head."""
+    return short.fits(Sizes(ops.q.shape[-2], *ops.k.shape[-2:], ops.v.shape[-1]))
+
+
+def _still(t: Tangents) -> bool:
+    """Whether a direction is zero."""
+    return t.q is None and t.k is None and t.v is None
+
+
 def _refuse_mask(*xs: Any) -> None:
     """A mask that takes part in a derivative is refused with the call; this is for what nests too deep to see there."""
     if any(x is not None for x in xs):
         raise UnsupportedError(
-            "backend 'triton' gives no derivative with respect to attn_mask, and one is asked for; backend='custom' can."
+            "backend 'triton' gives no derivative with respect to attn_mask, and one is asked for; "
+            "backend='custom' can."
         )
 
 
@@ -119,14 +138,15 @@ def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, 
     _refuse_mask(shapes[3])
     if _empty(ops):
         return _zero(new_vjp(ops, o, lse, do, spec, shapes))
-    return vjp_kernels.vjp(ops, o, lse, do, spec, shapes)
+    run = short.vjp_short if _short(ops) else vjp_kernels.vjp
+    return run(ops, o, lse, do, spec, shapes)
 
 
 @operator(new_jvp)
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """to, tau; see :func:`theria.ops.reference.jvp`."""
     _refuse_mask(t.mask)
-    if _empty(ops) or t == ZERO:
+    if _empty(ops) or _still(t):
         return _zero(new_jvp(ops, o, lse, t, spec))
     return jvp_kernels.jvp(ops, o, lse, t, spec)
 
@@ -146,10 +166,10 @@ def hvp(
 ) -> Cotangents:
     """tdq, tdk, tdv, None; see :func:`theria.ops.reference.hvp`."""
     _refuse_mask(t.mask, shapes[3])
-    if _empty(ops) or (t == ZERO and tdo is None):
-        return _zero(new_hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
-    if t == ZERO:  # linear in tdo
+    if _still(t) and tdo is not None:
         return vjp(ops, o, lse, tdo, spec, shapes)
+    if _empty(ops) or _still(t):
+        return _zero(new_hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
     return hvp_kernels.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes)
 
 
@@ -184,5 +204,8 @@ def jvp_hvp(
     shapes: Shapes,
 ) -> tuple[Any, ...]:
     """to, tau, tdq, tdk, tdv, None: jvp and hvp along one direction."""
+    _refuse_mask(t.mask, shapes[3])
+    if _short(ops) and not _still(t) and not _empty(ops):
+        return short.jvp_hvp_short(ops, o, lse, do, t, tdo, spec, shapes)
     to, tau = jvp(ops, o, lse, t, spec)
     return (to, tau, *hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
