@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton sees a kernel
 
 from theria.ops import blockwise, reference
-from theria.ops.operands import AttentionSpec, Operands, Tangents, default_scale, with_dropout
+from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, default_scale, with_dropout
 from theria.ops.triton import short
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.short import jvp_hvp_short, vjp_short
-from theria.ops.triton.tiles import Tile
+from theria.ops.triton.tiles import Tile, override
 
 # NumPy's word on the interpreter's own conversions
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -26,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3}
 NAMES = ("to", "tau", "tdq", "tdk", "tdv")
 ALL = (1, 1, 1)
+SPEC = AttentionSpec("triton", 1.0)
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,9 +46,10 @@ class Case:
         self.spec, self.ops = AttentionSpec("triton", default_scale(q.shape[-1]), causal), Operands(q, k, v, mask, None)
         if dropout:
             self.ops, self.spec = with_dropout(self.ops, AttentionSpec("triton", 0.3, causal, dropout), 7)
-        pick = zip((q, k, v), present, wanted, strict=True)
-        moved = [(make(*x.shape, dtype=x.dtype) if here else None, x.shape if want else None) for x, here, want in pick]
-        self.t, self.shapes = Tangents(*(x for x, _ in moved)), (*(shape for _, shape in moved), None)
+        given = zip((q, k, v), present, strict=True)
+        self.t = Tangents(*(make(*x.shape, dtype=x.dtype) if here else None for x, here in given))
+        dq, dk, dv = (x.shape if want else None for x, want in zip((q, k, v), wanted, strict=True))
+        self.shapes: Shapes = (dq, dk, dv, None)
         ops64 = double(self.ops)
         o, lse = reference.forward(ops64, self.spec)
         self.o, self.lse = o.to(q.dtype), lse.float()
@@ -60,11 +63,14 @@ class Case:
             to, tau, *reference.hvp(ops64, o, lse, do64, t64, tdo64, to, tau, self.spec, self.shapes)
         )  # fmt: skip
 
-    def vjp(self):
+    def vjp(self) -> tuple[Any, ...]:
         return vjp_short(self.ops, self.o, self.lse, self.do, self.spec, self.shapes)
 
-    def jvp_hvp(self):
+    def jvp_hvp(self) -> tuple[Any, ...]:
         return jvp_hvp_short(self.ops, self.o, self.lse, self.do, self.t, self.tdo, self.spec, self.shapes)
+
+    def moved(self) -> list[Tensor]:
+        return [x for x in self.t if x is not None]
 
     def check(self) -> None:
         self.compare(self.vjp(), self.first, NAMES[2:])
@@ -82,26 +88,28 @@ class Case:
             assert error <= TOLERANCE[self.do.dtype] * truth.norm() + 1e-6, (name, float(error / truth.norm()))
 
 
-@pytest.fixture(params=["packed", "one head", "blocks of rows"])
+@pytest.fixture(params=["several heads", "one head"])
 def regime(request, monkeypatch, poisoned):
-    """A program for several heads, for one, and for one whose rows are walked over in blocks."""
-    if request.param != "packed":
-        monkeypatch.setattr(short, "PACKED", 0)
-    rows = {"packed": 64, "one head": 128, "blocks of rows": 16}[request.param]
-    tile_of = short.tile_of
-    monkeypatch.setattr(short, "tile_of", lambda *args: tile_of(*args)._replace(rows=rows))
-    return request.param
+    """A program for several heads, or for one, whose rows it walks over in blocks of 16."""
+    several = request.param == "several heads"
+    monkeypatch.setattr(short, "PACKED", 32 if several else 0)
+    tile = Tile(64 if several else 16, 16, 1, 1)
+    with override("vjp_short", tile), override("second_short", tile):
+        yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(
-    ("N", "M", "D", "E", "causal"),
-    [(5, 7, 3, 4, False), (32, 20, 16, 24, True), (16, 32, 32, 17, False), (1, 1, 1, 1, False)],
-)
-def test_they_are_the_closed_formulas(N, M, D, E, causal, dtype, regime):
-    Case(
-        make(2, 3, N, D, dtype=dtype), make(2, 3, M, D, dtype=dtype), make(2, 3, M, E, dtype=dtype), causal=causal
-    ).check()
+SHAPES = [(5, 7, 3, 4, False), (32, 20, 16, 24, True), (16, 32, 32, 17, False), (1, 1, 1, 1, False)]
+
+
+@pytest.mark.parametrize(("N", "M", "D", "E", "causal"), SHAPES)
+def test_they_are_the_closed_formulas(N, M, D, E, causal, regime):
+    Case(make(3, N, D), make(3, M, D), make(3, M, E), causal=causal).check()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_half_precision(causal, regime):
+    q, k, v = (make(3, *shape, dtype=torch.float16) for shape in ((20, 16), (25, 16), (25, 8)))
+    Case(q, k, v, causal=causal).check()
 
 
 @pytest.mark.parametrize(
@@ -184,24 +192,27 @@ def test_what_one_head_holds_stays_there(value, regime):
     q, k, v = make(6, 5, 8), make(6, 7, 8), make(6, 7, 8)
     case = Case(q, k, v)
     before = (*case.vjp()[:3], *case.jvp_hvp()[:5])
-    for x in (*case.ops[:3], *case.t[:3], case.do):
+    for x in (q, k, v, *case.moved(), case.do):
         x[2] = value
     for x, y in zip((*case.vjp()[:3], *case.jvp_hvp()[:5]), before, strict=True):
         assert torch.equal(torch.cat([x[:2], x[3:]]), torch.cat([y[:2], y[3:]]))
         assert x[2].isnan().all()
 
 
-def test_a_pack_that_does_not_divide_the_heads(monkeypatch, poisoned):
-    monkeypatch.setattr(short, "tile_of", lambda *_: Tile(128, 16, 4, 1))
-    Case(make(11, 5, 8), make(11, 7, 8), make(11, 7, 8)).check()
+def test_a_pack_that_does_not_divide_the_heads(poisoned):
+    tile = Tile(128, 16, 4, 1)
+    with override("vjp_short", tile), override("second_short", tile):
+        Case(make(11, 5, 8), make(11, 7, 8), make(11, 7, 8)).check()
 
 
 def test_what_fits():
-    def fits(N, M, D, E):
-        q, k, v = make(1, N, D), make(1, M, D), make(1, M, E)
-        return short.fits(Frame(Operands(q, k, v, None, None), AttentionSpec("triton", 1.0)))
+    def fits(N, M, D, E, dtype=torch.float16):
+        return short.fits(Frame(Operands(make(1, N, D), make(1, M, D), make(1, M, E), None, None), SPEC), dtype)
 
     assert fits(1000, 128, 128, 128)
     assert not fits(10, 129, 16, 16)
     assert not fits(10, 10, 129, 16)
     assert not fits(10, 10, 16, 129)
+    assert fits(10, 64, 32, 32, torch.float32)
+    assert not fits(10, 65, 32, 32, torch.float32)
+    assert not fits(10, 64, 33, 32, torch.float32)

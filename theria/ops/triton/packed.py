@@ -10,14 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from theria.ops.triton import dropout, masks, tensors
+from theria.ops.triton import dropout, tensors
 from theria.ops.triton.softmax import LOG2E, product
 from theria.ops.triton.tensors import at, at_row
 
 
 @triton.jit
 def heads_from(first, total, PACK: tl.constexpr):
-    """The leading indices [first, first + PACK): a scalar, or (PACK, 1, 1). Past the last head, the last one again."""
+    """Leading indices [first, first + PACK): a scalar, or (PACK, 1, 1) where the last head fills up the last pack."""
     if PACK == 1:
         return first
     else:
@@ -27,7 +27,7 @@ def heads_from(first, total, PACK: tl.constexpr):
 
 @triton.jit
 def coordinates(head, call, FLAT: tl.constexpr):
-    """The four coordinates of leading indices, from 32-bit divisions; none where one dimension holds them all (FLAT)."""
+    """The four coordinates of leading indices by 32-bit divisions; none where one dimension holds them all (FLAT)."""
     if FLAT:
         zero = tl.zeros_like(tl.cast(head, tl.int64))
         return zero, zero, zero, tl.cast(head, tl.int64)
@@ -124,10 +124,22 @@ def store(
 
 @triton.jit
 def _each_row(row, PACK: tl.constexpr, S: tl.constexpr):
+    """Rows along the last dimension of a tile of scores."""
+    rows = (row + tl.arange(0, S.BLOCK_M))[None, :]
     if PACK == 1:
-        return (row + tl.arange(0, S.BLOCK_M))[None, :]
+        return rows
     else:
-        return (row + tl.arange(0, S.BLOCK_M))[None, None, :]
+        return rows[None, :, :]
+
+
+@triton.jit
+def _each_key(PACK: tl.constexpr, S: tl.constexpr):
+    """Keys along the dimension before it."""
+    cols = tl.arange(0, S.BLOCK_N)[:, None]
+    if PACK == 1:
+        return cols
+    else:
+        return cols[None, :, :]
 
 
 @triton.jit
@@ -152,26 +164,23 @@ def row_sum(x):
 
 @triton.jit
 def scaled_scores(q, k, mask, strides, lead, row, call, PACK: tl.constexpr, S: tl.constexpr):
-    """Sᵀ (1) in the unit of ``softmax.pivot``, masked, (keys, rows) or (heads, keys, rows); the keys are all of a head."""
+    """Sᵀ (1) in the unit of ``softmax.pivot``, masked: (keys, rows) or (heads, keys, rows), all keys of a head."""
     UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
     x = product_with_transposed(k, q, None, S) * (call.scale * UNIT)
-    if PACK == 1:
-        return masks.mask_scores(x, mask, strides, lead, row, 0, call, True, UNIT, True, S)
-    else:
-        rows, cols = _cols(S.BLOCK_M) + row, _rows(0, S.BLOCK_N)
-        if mask is not None:
-            entries = at(mask, strides.mask, lead, 1)
-            entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
-            exists = (rows < call.N) & (cols < call.M)
-            if mask.dtype.element_ty.is_floating():
-                x += tl.load(entries, mask=exists & (lead[3] >= 0), other=0.0).to(tl.float32) * UNIT
-            else:
-                x = tl.where(tl.load(entries, mask=exists & (lead[3] >= 0), other=0) != 0, x, float("-inf"))
-        if not S.EVEN_M:
-            x = tl.where(cols < call.M, x, float("-inf"))
-        if S.CAUSAL:
-            x = tl.where(rows >= cols, x, float("-inf"))
-        return x
+    rows, cols = _each_row(row, PACK, S), _each_key(PACK, S)
+    if mask is not None:
+        entries = at(mask, strides.mask, lead, 1)
+        entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
+        exists = (rows < call.N) & (cols < call.M) & (lead[3] >= 0)  # with the shape of ``entries``
+        if mask.dtype.element_ty.is_floating():
+            x += tl.load(entries, mask=exists, other=0.0).to(tl.float32) * UNIT
+        else:
+            x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
+    if not S.EVEN_M:
+        x = tl.where(cols < call.M, x, float("-inf"))
+    if S.CAUSAL:
+        x = tl.where(rows >= cols, x, float("-inf"))
+    return x
 
 
 @triton.jit

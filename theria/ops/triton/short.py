@@ -7,249 +7,55 @@ hvp: 12 products for a double backward instead of 20, and every tensor is read o
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from typing import Any, Protocol
+
+import torch
 from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
-from theria.ops.triton.dropout import drop
-from theria.ops.triton.launch import Frame, launch, power_of_two
-from theria.ops.triton.packed import (
-    coordinates,
-    heads_from,
-    keep_factor,
-    load,
-    load_row,
-    product_with_transposed,
-    row_sum,
-    scaled_scores,
-    store,
-    store_row,
-    transposed,
-)
-from theria.ops.triton.softmax import pivot, probabilities, product
-from theria.ops.triton.tensors import at
-from theria.ops.triton.tiles import Tile
+from theria.ops.triton.launch import Frame, launch
+from theria.ops.triton.short_kernels import second_short_kernel, vjp_short_kernel
+from theria.ops.triton.tiles import Tile, kind, power_of_two, select
 
-
-@triton.jit
-def _weights(q, k, lse, mask, seed, strides, lead, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
-    """Pᵀ (2) of a block of rows; exactly 0 in rows that do not exist."""
-    pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), q.dtype)
-    x = scaled_scores(q, k, mask, strides, lead, row, call, PACK, S)
-    return probabilities(x, pivots, q.dtype)
-
-
-@triton.jit
-def _add(acc, a, b, S: tl.constexpr):
-    """acc + a b with ``a`` rounded to the dtype of ``b``; ``acc`` where either is absent."""
-    if a is None or b is None:
-        return acc
-    else:
-        return product(a.to(b.dtype), b, acc, S)
-
-
-@triton.jit
-def _add_transposed(acc, a, b, S: tl.constexpr):
-    """acc + aᵀ b, or the transpose of it (:func:`_store_rows` knows): the side that holds 64 is the one for wgmma's rows.
-
-    ``a`` is rounded to the dtype of ``b``; ``acc`` where either is absent.
-    """
-    if a is None or b is None:
-        if acc is None:
-            return
-        else:
-            return acc
-    elif b.shape[len(b.shape) - 1] >= 64:
-        return product(transposed(b), a.to(b.dtype), acc, S)
-    else:
-        return product(transposed(a.to(b.dtype)), b, acc, S)
-
-
-@triton.jit
-def _store_rows(pointer, x, strides, lead, row, call, WIDTH: tl.constexpr, PACK: tl.constexpr, S: tl.constexpr):
-    """Write what :func:`_add_transposed` gave for a block of rows; zeros if it gave None."""
-    BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
-    if x is None:
-        x = _zeros(S.BLOCK_M, BLOCK_W, PACK)
-    elif BLOCK_W >= 64:
-        x = transposed(x)
-    store(at(pointer, strides, lead, S.VEC), x, row, call.N, strides, S.BLOCK_M, WIDTH, S.EVEN_N, PACK, S)
-
-
-@triton.jit
-def _zeros(BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, PACK: tl.constexpr):
-    if PACK == 1:
-        return tl.zeros((BLOCK, BLOCK_W), tl.float32)
-    else:
-        return tl.zeros((PACK, BLOCK, BLOCK_W), tl.float32)
-
-
-@triton.jit
-def _seed_of(seed, strides, lead):
-    if seed is None:
-        return
-    else:
-        return tl.load(at(seed, strides.seed, lead, 1))
-
-
-@triton.jit
-def _vjp_block(acc_k, acc_v, k, v, q, do, dq, dk, dv, lse, mask, seed, strides, head, row, call,
-               PACK: tl.constexpr, FLAT: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """(5)-(8) of one block of rows: writes dQ, adds to dK (without scale) and dV."""
-    lead = coordinates(head, call, FLAT)
-    q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
-    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
-    p = _weights(q, k, lse, mask, seed, strides, lead, head, row, call, PACK, S)
-    keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
-    if dv is not None:
-        acc_v = _add(acc_v, drop(p, keep), do, S)
-    if dq is not None or dk is not None:
-        dp = drop(product_with_transposed(v, do, None, S), keep)
-        ds = (p * (dp - row_sum(p * dp))).to(k.dtype)
-        if dq is not None:
-            x = _add_transposed(None, ds, k, S) * call.scale
-            _store_rows(dq, x, strides.dq, lead, row, call, "D", PACK, S)
-        if dk is not None:
-            acc_k = _add(acc_k, ds, q, S)
-    return acc_k, acc_v
-
-
-@triton.jit
-def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, head, row,
-                  call, PACK: tl.constexpr, FLAT: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """(10)-(18) of one block of rows: writes tO, tau and tdQ, adds to tdK (without scale) and tdV."""
-    lead = coordinates(head, call, FLAT)
-    q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
-    tq = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
-    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
-    tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
-    p = _weights(q, k, lse, mask, seed, strides, lead, head, row, call, PACK, S)
-    keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
-    total = row_sum(_zeros(16, S.BLOCK_M, PACK))
-    tp, ds, y, out = None, None, None, None
-    ts = product_with_transposed(tk, q, product_with_transposed(k, tq, None, S), S)
-    if ts is not None:
-        ts *= call.scale
-        total = row_sum(p * ts)
-        tp = p * (ts - total)  # (13)
-        out = _add_transposed(out, drop(tp, keep), v, S)
-        if dv is not None:
-            acc_v = _add(acc_v, drop(tp, keep), do, S)
-    store_row(tau, total, head, row, call, PACK, S)
-    if dv is not None:
-        acc_v = _add(acc_v, drop(p, keep), tdo, S)
-    out = _add_transposed(out, drop(p, keep), tv, S)
-    _store_rows(to, out, strides.to, lead, row, call, "E", PACK, S)
-    if dq is not None or dk is not None:
-        if tp is not None:
-            dp = drop(product_with_transposed(v, do, None, S), keep)
-            dp -= row_sum(p * dp)
-            y = tp * dp
-            ds = (p * dp).to(k.dtype)
-            if dk is not None:
-                acc_k = _add(acc_k, ds, tq, S)
-        tdp = product_with_transposed(tv, do, product_with_transposed(v, tdo, None, S), S)
-        if tdp is not None:
-            y = p * drop(tdp, keep) if y is None else y + p * drop(tdp, keep)
-        if y is not None:
-            y = (y - p * row_sum(y)).to(k.dtype)  # (16): rowsum(tP) = 0 makes rowsum(y) tdelta
-            if dk is not None:
-                acc_k = _add(acc_k, y, q, S)
-        if dq is not None:
-            tdq = _add_transposed(_add_transposed(None, ds, tk, S), y, k, S)
-            if tdq is not None:
-                tdq *= call.scale
-            _store_rows(dq, tdq, strides.dq, lead, row, call, "D", PACK, S)
-    return acc_k, acc_v
-
-
-@triton.jit
-def _program(total, call, PACK: tl.constexpr, S: tl.constexpr):
-    """First head of this program, and how many blocks of rows it walks over."""
-    first = tl.program_id(0) * PACK
-    blocks = tl.cdiv(call.N, S.BLOCK_M)
-    if S.GROUPED:  # the query heads of one key head
-        return heads_from(first * call.L3, total, PACK), blocks, blocks * call.L3
-    else:
-        return heads_from(first, total, PACK), blocks, blocks
-
-
-@triton.jit(do_not_specialize=["strides", "call", "total"])
-def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, total,
-                     PACK: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """All of (5)-(8) for the heads of one program."""
-    first, blocks, count = _program(total, call, PACK, S)
-    lead = coordinates(first, call, FLAT)
-    k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
-    acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
-    if ONE:
-        acc_k, acc_v = _vjp_block(acc_k, acc_v, k_tile, v_tile, q, do, dq, dk, dv, lse, mask, seed, strides,
-                                  first, 0, call, PACK, FLAT, S)  # fmt: skip
-    else:
-        for i in range(0, count):
-            acc_k, acc_v = _vjp_block(acc_k, acc_v, k_tile, v_tile, q, do, dq, dk, dv, lse, mask, seed, strides,
-                                      first + i // blocks, (i % blocks) * S.BLOCK_M, call, PACK, FLAT, S)  # fmt: skip
-    if dk is not None:
-        x = acc_k * call.scale
-        store(at(dk, strides.dk, lead, S.VEC), x, 0, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    if dv is not None:
-        store(at(dv, strides.dv, lead, S.VEC), acc_v, 0, call.M, strides.dv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
-
-
-@triton.jit(do_not_specialize=["strides", "call", "total"])
-def second_short_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, to, dq, dk, dv, lse, tau, strides, call, total,
-                        PACK: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """All of (10)-(18) for the heads of one program."""
-    first, blocks, count = _program(total, call, PACK, S)
-    lead = coordinates(first, call, FLAT)
-    k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
-    tk_tile = load(at(tk, strides.tk, lead, S.VEC), 0, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    tv_tile = load(at(tv, strides.tv, lead, S.VEC), 0, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
-    acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
-    if ONE:
-        acc_k, acc_v = _second_block(acc_k, acc_v, k_tile, v_tile, tk_tile, tv_tile, q, do, tq, tdo, to, dq, dk, dv,
-                                     lse, tau, mask, seed, strides, first, 0, call, PACK, FLAT, S)  # fmt: skip
-    else:
-        for i in range(0, count):
-            acc_k, acc_v = _second_block(acc_k, acc_v, k_tile, v_tile, tk_tile, tv_tile, q, do, tq, tdo, to, dq, dk,
-                                         dv, lse, tau, mask, seed, strides, first + i // blocks,
-                                         (i % blocks) * S.BLOCK_M, call, PACK, FLAT, S)  # fmt: skip
-    if dk is not None:
-        x = acc_k * call.scale
-        store(at(dk, strides.dk, lead, S.VEC), x, 0, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    if dv is not None:
-        store(at(dv, strides.dv, lead, S.VEC), acc_v, 0, call.M, strides.dv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
-
-
-KEYS, WIDTH, PACKED = 128, 128, 32  # largest number of keys, head width, and rows or keys of a packed head
+KEYS, WIDTH = 128, 128  # the most keys and the widest head that a program holds in half precision
+FLOAT_AREA = 64 * 32  # and the most of keys times width in float32
+PACKED = 32  # the most rows or keys of a head that shares a program,
+PACKED_AREA = {"half": 1024, "float": 256}  # and the most of them times width: a warp holds a head
 VJP_NAMES = ("q", "k", "v", "mask", "seed", "do", "dq", "dk", "dv")
 SECOND_NAMES = ("q", "k", "v", "mask", "seed", "do", "tq", "tk", "tv", "tdo", "to", "dq", "dk", "dv")
 
 
-def fits(frame: Frame) -> bool:
-    """Whether the short kernels take a call."""
-    return 1 <= frame.M <= KEYS and max(frame.D, frame.E) <= WIDTH
+class _Sizes(Protocol):
+    """A frame, or what has its sizes."""
+
+    N: int
+    M: int
+    D: int
+    E: int
 
 
-def tile_of(kernel: str, frame: Frame) -> Tile:
-    """Rows, of all heads of a program together, and keys, of one head, of a tile."""
-    del kernel
-    rows, keys = max(power_of_two(frame.N), 16), max(power_of_two(frame.M), 16)
-    return Tile(min(rows, 64), keys, 8 if keys > 64 else 4, 1)
+def fits(sizes: _Sizes, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the short kernels take a call: whether one program holds the keys of a head and what belongs to them."""
+    keys, width = power_of_two(sizes.M), power_of_two(max(sizes.D, sizes.E))
+    area = FLOAT_AREA if kind(dtype) == "float" else KEYS * WIDTH
+    return sizes.M > 0 and keys <= KEYS and width <= WIDTH and keys * width <= area
 
 
-def _launch(kernel, name: str, frame: Frame, names: tuple[str, ...], rows: tuple[Tensor, ...], grouped: bool) -> None:
+def heads_of(tile: Tile, frame: Frame, grouped: bool) -> int:
+    """Heads of a program: as many as the rows of its tile hold, where they are small enough to share one."""
+    rows, keys = power_of_two(frame.N), power_of_two(frame.M)
+    side, width = max(rows, keys), power_of_two(max(frame.D, frame.E))
+    small = side <= PACKED and side * width <= PACKED_AREA[kind(frame.dtype)]
+    return max(tile.rows // rows, 1) if small and not grouped else 1
+
+
+def _launch(kernel: Any, name: str, frame: Frame, names: tuple[str, ...], rows: tuple[Tensor, ...], grouped: bool):
     """Start a short kernel on the heads of a frame."""
-    tile = tile_of(name, frame)
-    side = max(power_of_two(frame.N), 16)
-    pack = 1 if grouped or max(side, tile.keys) > PACKED else max(tile.rows // side, 1)
-    if pack > 1:
-        tile = tile._replace(rows=side)
+    tile = select(name, frame)
+    pack = heads_of(tile, frame, grouped)
+    tile = tile._replace(rows=min(tile.rows, power_of_two(frame.N)), keys=power_of_two(frame.M))
     tensors, strides, call, static = frame.describe(names, tile, grouped)
-    flat = call.L1 == call.L2 == 1 and call.L3 == frame.heads
+    flat = (1, 1, frame.heads) == (call.L1, call.L2, call.L3)
     one = tile.rows >= frame.N and not grouped
     programs = frame.heads // frame.lead[-1] if grouped else -(-frame.heads // pack)
     launch(kernel, programs, frame, (*tensors, *rows, strides, call, frame.heads, pack, flat, one), static, tile)
@@ -259,11 +65,9 @@ def vjp_short(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: Attention
     """dq, dk, dv, None; see :func:`theria.ops.reference.vjp`."""
     del o
     frame = Frame(ops, spec, do=do)
-    grouped = frame.sums_last(shapes[1], shapes[2])
-    dq = frame.new_cotangent("dq", shapes[0])
-    dk, dv = (frame.new_cotangent(name, shape, grouped) for name, shape in zip(("dk", "dv"), shapes[1:3], strict=True))
+    out, grouped = _cotangents(frame, shapes)
     _launch(vjp_short_kernel, "vjp_short", frame, VJP_NAMES, (frame.rows(lse),), grouped)
-    return *(frame.finish(x, shape) for x, shape in zip((dq, dk, dv), shapes[:3], strict=True)), None
+    return *map(frame.finish, out, shapes[:3]), None
 
 
 def jvp_hvp_short(
@@ -276,13 +80,17 @@ def jvp_hvp_short(
     spec: AttentionSpec,
     shapes: Shapes,
 ):
-    """to, tau and tdq, tdk, tdv, None: :func:`theria.ops.reference.jvp` and :func:`theria.ops.reference.hvp` at once."""
+    """to, tau, tdq, tdk, tdv, None: :func:`theria.ops.reference.jvp` and :func:`theria.ops.reference.hvp` at once."""
     del o
     frame = Frame(ops, spec, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo)
-    grouped = frame.sums_last(shapes[1], shapes[2])
-    tau = frame.new_rows()
-    to = frame.new("to", "q", (*frame.lead, frame.N, frame.E))
-    dq = frame.new_cotangent("dq", shapes[0])
-    dk, dv = (frame.new_cotangent(name, shape, grouped) for name, shape in zip(("dk", "dv"), shapes[1:3], strict=True))
+    to, tau = frame.new_output("to"), frame.new_rows()
+    out, grouped = _cotangents(frame, shapes)
     _launch(second_short_kernel, "second_short", frame, SECOND_NAMES, (frame.rows(lse), tau), grouped)
-    return to, tau, *(frame.finish(x, shape) for x, shape in zip((dq, dk, dv), shapes[:3], strict=True)), None
+    return to, tau, *map(frame.finish, out, shapes[:3]), None
+
+
+def _cotangents(frame: Frame, shapes: Shapes) -> tuple[tuple[Tensor | None, ...], bool]:
+    """What the kernels write for q, k and v, and whether a program sums over a group of query heads."""
+    grouped = frame.sums_last(shapes[1], shapes[2])
+    dq = frame.new_cotangent("dq", shapes[0])
+    return (dq, frame.new_cotangent("dk", shapes[1], grouped), frame.new_cotangent("dv", shapes[2], grouped)), grouped

@@ -1,0 +1,215 @@
+"""The kernels of :mod:`theria.ops.triton.short`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from theria.ops.triton.dropout import drop
+from theria.ops.triton.packed import (
+    coordinates,
+    heads_from,
+    keep_factor,
+    load,
+    load_row,
+    product_with_transposed,
+    row_sum,
+    scaled_scores,
+    store,
+    store_row,
+    transposed,
+)
+from theria.ops.triton.softmax import pivot, probabilities, product
+from theria.ops.triton.tensors import at
+
+
+@triton.jit
+def _weights(q, k, lse, mask, strides, lead, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
+    """Pᵀ (2) of a block of rows; exactly 0 in rows that do not exist."""
+    pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), q.dtype)
+    x = scaled_scores(q, k, mask, strides, lead, row, call, PACK, S)
+    return probabilities(x, pivots, q.dtype)
+
+
+@triton.jit
+def _add(acc, a, b, S: tl.constexpr):
+    """acc + a b with ``a`` rounded to the dtype of ``b``; ``acc`` where either is absent."""
+    if a is None or b is None:
+        return acc
+    else:
+        return product(a.to(b.dtype), b, acc, S)
+
+
+@triton.jit
+def _add_transposed(acc, a, b, S: tl.constexpr):
+    """acc + aᵀ b, ``a`` rounded to the dtype of ``b``; ``acc`` where either is absent.
+
+    Held transposed where b has at least 64 columns (:func:`_store_rows`): Hopper's wgmma wants 64 on the left.
+    """
+    if a is None or b is None:
+        if acc is None:
+            return
+        else:
+            return acc
+    elif b.shape[len(b.shape) - 1] >= 64:
+        return product(transposed(b), a.to(b.dtype), acc, S)
+    else:
+        return product(transposed(a.to(b.dtype)), b, acc, S)
+
+
+@triton.jit
+def _store_rows(pointer, x, strides, lead, row, call, WIDTH: tl.constexpr, PACK: tl.constexpr, S: tl.constexpr):
+    """Write what :func:`_add_transposed` gave for a block of rows; zeros if it gave None."""
+    BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+    if x is None:
+        x = _zeros(S.BLOCK_M, BLOCK_W, PACK)
+    elif BLOCK_W >= 64:
+        x = transposed(x)
+    store(at(pointer, strides, lead, S.VEC), x, row, call.N, strides, S.BLOCK_M, WIDTH, S.EVEN_N, PACK, S)
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, PACK: tl.constexpr):
+    if PACK == 1:
+        return tl.zeros((BLOCK, BLOCK_W), tl.float32)
+    else:
+        return tl.zeros((PACK, BLOCK, BLOCK_W), tl.float32)
+
+
+@triton.jit
+def _seed_of(seed, strides, lead):
+    if seed is None:
+        return
+    else:
+        return tl.load(at(seed, strides.seed, lead, 1))
+
+
+@triton.jit
+def _vjp_block(acc_k, acc_v, k, v, q, do, dq, dk, dv, lse, mask, seed, strides, head, row, call,
+               PACK: tl.constexpr, FLAT: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """(5)-(8) of one block of rows: writes dQ, adds to dK (without scale) and dV."""
+    lead = coordinates(head, call, FLAT)
+    q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
+    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
+    p = _weights(q, k, lse, mask, strides, lead, head, row, call, PACK, S)
+    keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
+    if dv is not None:
+        acc_v = _add(acc_v, drop(p, keep), do, S)
+    if dq is not None or dk is not None:
+        dp = drop(product_with_transposed(v, do, None, S), keep)
+        ds = (p * (dp - row_sum(p * dp))).to(k.dtype)
+        if dq is not None:
+            x = _add_transposed(None, ds, k, S) * call.scale
+            _store_rows(dq, x, strides.dq, lead, row, call, "D", PACK, S)
+        if dk is not None:
+            acc_k = _add(acc_k, ds, q, S)
+    return acc_k, acc_v
+
+
+@triton.jit
+def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, head, row,
+                  call, PACK: tl.constexpr, FLAT: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """(10)-(18) of one block of rows: writes tO, tau and tdQ, adds to tdK (without scale) and tdV."""
+    lead = coordinates(head, call, FLAT)
+    q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
+    tq = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
+    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
+    tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
+    p = _weights(q, k, lse, mask, strides, lead, head, row, call, PACK, S)
+    keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
+    total = row_sum(_zeros(16, S.BLOCK_M, PACK))
+    tp, ds, y, out = None, None, None, None
+    ts = product_with_transposed(tk, q, product_with_transposed(k, tq, None, S), S)
+    if ts is not None:
+        ts *= call.scale
+        total = row_sum(p * ts)
+        tp = p * (ts - total)  # (13)
+        out = _add_transposed(out, drop(tp, keep), v, S)
+        if dv is not None:
+            acc_v = _add(acc_v, drop(tp, keep), do, S)
+    store_row(tau, total, head, row, call, PACK, S)
+    if dv is not None:
+        acc_v = _add(acc_v, drop(p, keep), tdo, S)
+    out = _add_transposed(out, drop(p, keep), tv, S)
+    _store_rows(to, out, strides.to, lead, row, call, "E", PACK, S)
+    if dq is not None or dk is not None:
+        if tp is not None:
+            dp = drop(product_with_transposed(v, do, None, S), keep)
+            dp -= row_sum(p * dp)
+            y = tp * dp
+            ds = (p * dp).to(k.dtype)
+            if dk is not None:
+                acc_k = _add(acc_k, ds, tq, S)
+        tdp = product_with_transposed(tv, do, product_with_transposed(v, tdo, None, S), S)
+        if tdp is not None:
+            y = p * drop(tdp, keep) if y is None else y + p * drop(tdp, keep)
+        if y is not None:
+            y = (y - p * row_sum(y)).to(k.dtype)  # (16): rowsum(tP) = 0 makes rowsum(y) tdelta
+            if dk is not None:
+                acc_k = _add(acc_k, y, q, S)
+        if dq is not None:
+            tdq = _add_transposed(_add_transposed(None, ds, tk, S), y, k, S)
+            if tdq is not None:
+                tdq *= call.scale
+            _store_rows(dq, tdq, strides.dq, lead, row, call, "D", PACK, S)
+    return acc_k, acc_v
+
+
+@triton.jit
+def _program(total, call, PACK: tl.constexpr, S: tl.constexpr):
+    """First head of this program, and how many blocks of rows it walks over."""
+    first = tl.program_id(0) * PACK
+    blocks = tl.cdiv(call.N, S.BLOCK_M)
+    if S.GROUPED:  # the query heads of one key head
+        return heads_from(first * call.L3, total, PACK), blocks, blocks * call.L3
+    else:
+        return heads_from(first, total, PACK), blocks, blocks
+
+
+@triton.jit(do_not_specialize=["strides", "call", "total"])
+def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, total,
+                     PACK: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """All of (5)-(8) for the heads of one program."""
+    first, blocks, count = _program(total, call, PACK, S)
+    lead = coordinates(first, call, FLAT)
+    k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+    acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
+    if ONE:
+        acc_k, acc_v = _vjp_block(acc_k, acc_v, k_tile, v_tile, q, do, dq, dk, dv, lse, mask, seed, strides,
+                                  first, 0, call, PACK, FLAT, S)  # fmt: skip
+    else:
+        for i in range(0, count):
+            acc_k, acc_v = _vjp_block(acc_k, acc_v, k_tile, v_tile, q, do, dq, dk, dv, lse, mask, seed, strides,
+                                      first + i // blocks, (i % blocks) * S.BLOCK_M, call, PACK, FLAT, S)  # fmt: skip
+    if dk is not None:
+        x = acc_k * call.scale
+        store(at(dk, strides.dk, lead, S.VEC), x, 0, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    if dv is not None:
+        store(at(dv, strides.dv, lead, S.VEC), acc_v, 0, call.M, strides.dv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+
+
+@triton.jit(do_not_specialize=["strides", "call", "total"])
+def second_short_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, to, dq, dk, dv, lse, tau, strides, call, total,
+                        PACK: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """All of (10)-(18) for the heads of one program."""
+    first, blocks, count = _program(total, call, PACK, S)
+    lead = coordinates(first, call, FLAT)
+    k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+    tk_tile = load(at(tk, strides.tk, lead, S.VEC), 0, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    tv_tile = load(at(tv, strides.tv, lead, S.VEC), 0, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+    acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
+    if ONE:
+        acc_k, acc_v = _second_block(acc_k, acc_v, k_tile, v_tile, tk_tile, tv_tile, q, do, tq, tdo, to, dq, dk, dv,
+                                     lse, tau, mask, seed, strides, first, 0, call, PACK, FLAT, S)  # fmt: skip
+    else:
+        for i in range(0, count):
+            acc_k, acc_v = _second_block(acc_k, acc_v, k_tile, v_tile, tk_tile, tv_tile, q, do, tq, tdo, to, dq, dk,
+                                         dv, lse, tau, mask, seed, strides, first + i // blocks,
+                                         (i % blocks) * S.BLOCK_M, call, PACK, FLAT, S)  # fmt: skip
+    if dk is not None:
+        x = acc_k * call.scale
+        store(at(dk, strides.dk, lead, S.VEC), x, 0, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    if dv is not None:
+        store(at(dv, strides.dv, lead, S.VEC), acc_v, 0, call.M, strides.dv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
