@@ -136,11 +136,12 @@ def inaccuracy(key: Key, tile: Tile) -> float:
     worst = 0.0
     for b, h in ((0, 0), (-1, -1)):
         b, h = b % problem.o.shape[0], h % problem.o.shape[1]
-        one = problem.head(b, h)
-        exact = truth(key.kernel, one.map(torch.Tensor.double))
-        error = difference(tuple(x[b : b + 1, h : h + 1] for x in results), exact)
-        allowed = ACCURACY * difference(truth(key.kernel, one), exact) + FLOOR * torch.finfo(DTYPES[key.kind]).eps
-        worst = max(worst, error / allowed if math.isfinite(error) else math.inf)
+        one, eps = problem.head(b, h), torch.finfo(DTYPES[key.kind]).eps
+        exact, plain = truth(key.kernel, one.map(torch.Tensor.double)), truth(key.kernel, one)
+        for x, y, z in zip(results, plain, exact, strict=True):
+            error = difference((x[b : b + 1, h : h + 1],), (z,))
+            allowed = ACCURACY * difference((y,), (z,)) + FLOOR * eps
+            worst = max(worst, error / allowed if math.isfinite(error) else math.inf)
     return worst
 
 

@@ -1,0 +1,85 @@
+"""Every configuration of the tile table compiles for the chips it is for, without one of them being there.
+
+Compiling needs a process of its own, in which Triton's interpreter is off.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from theria.testing.kernels import RULES
+
+pytest.importorskip("triton")
+GROUPS = (
+    ("forward", "jvp", "row_stats", "vjp_dq", "vjp_dkv"),
+    ("hvp_dq", "hvp_dkv", "jvp_jvp"),
+    ("hvp_dq_all", "hvp_dkv_all"),
+    ("vjp_short", "second_short", "second_short_all"),
+)
+# Without warp-group products, three-pass float32 keeps two parts of each operand of this width in registers: whatever
+# the tile, second order does not fit into 255 of them. Such a default works and is slow.
+SPILLING_DEFAULTS = ("128, 'float'", "256, 'float'")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_kernel_is_compiled() -> None:
+    assert sorted(kernel for group in GROUPS for kernel in group) == sorted(RULES)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
+@pytest.mark.parametrize("arch", [90, 80])
+def test_every_configuration_compiles(arch: int, group: tuple[str, ...]) -> None:
+    done = run("-m", "theria.testing.compile", str(arch), *group)
+    lines = done.stdout.splitlines()
+    bad = [line for line in lines if line.startswith("BAD") and not is_expected(line)]
+    assert not bad, "\n".join(bad)
+    assert done.returncode in (0, 1), done.stderr
+    assert "Error" not in done.stderr, done.stderr
+    assert lines, done.stderr
+
+
+def is_expected(line: str) -> bool:
+    """A default of a chip that nobody measured, in which nothing but registers is short."""
+    spills = "spills" in line and ";" not in line
+    return spills and ", 80, " in line and any(name in line for name in SPILLING_DEFAULTS)
+
+
+PLANTED = """
+import torch
+from theria.ops.triton.tiles import Tile
+from theria.testing.compile import compile_kernel
+for tile in (Tile(128, 128, 4, 3), Tile(64, 64, 4, 2)):
+    (made,) = compile_kernel("jvp", tile, 90, (1, 1, 1024, 1024, 128, 128), torch.bfloat16, False)
+    print("; ".join(made.faults(wgmma=True)))
+"""
+
+
+def test_a_tile_that_is_too_large_is_found() -> None:
+    done = run("-c", PLANTED)
+    large, good = done.stdout.split("\n")[:2]
+    assert "spills registers" in large, done.stderr
+    assert "bytes of shared memory, sm_90 has 232448" in large
+    assert good == ""
+
+
+def test_a_kernel_without_wgmma_is_found() -> None:
+    from theria.testing.compile import Compiled
+
+    made = Compiled("jvp_kernel", 90, registers=128, stack=0, shared=1024, wgmma=4, mma=0)
+    assert made.faults(wgmma=True) == []
+    assert replace(made, wgmma=0).faults(wgmma=True) == ["no wgmma"]
+    assert replace(made, wgmma=0).faults() == []
+    assert replace(made, stack=8).faults() == ["spills registers (8 bytes of stack)"]
+    assert replace(made, arch=80, shared=164 * 1024).faults() == [
+        "needs 167936 bytes of shared memory, sm_80 has 166912"
+    ]
