@@ -44,17 +44,16 @@ def score_tangent(p, ds, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: tl.constex
 
 
 @triton.jit
-def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, EDGE: tl.constexpr, S: tl.constexpr):
+def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: tl.constexpr):
     """One tile of keys: adds tdS K + dS tK."""
     pivots, delta, tau, tdelta = stats
     k, tk, v, tv = keys
     mask, seed, strides, head, lead, call = common
-    EVEN: tl.constexpr = S.EVEN_M or not EDGE
-    k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", EVEN, S)
-    tk = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", EVEN, S)
-    v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", EVEN, S)
-    tv = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", EVEN, S)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, False, S)
+    k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
+    tk = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
+    v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
+    tv = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
     p = probabilities(x, pivots[:, None], q.dtype)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     u = log_tangent(q, tq, k, tk, tau[:, None], call, False, S)
@@ -87,11 +86,8 @@ def hvp_dq_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, strides, 
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
     plain, end = key_range(row, call, S)
-    for col in range(0, plain, S.BLOCK_N):
-        acc = _dq_step(acc, q_tile, tq_tile, do_tile, tdo_tile, stats, keys, common, row, col, False, S)
-    if S.CAUSAL or not S.EVEN_M:
-        for col in tl.range(plain, end, S.BLOCK_N, num_stages=1):
-            acc = _dq_step(acc, q_tile, tq_tile, do_tile, tdo_tile, stats, keys, common, row, col, True, S)
+    for col in range(0, end, S.BLOCK_N):
+        acc = _dq_step(acc, q_tile, tq_tile, do_tile, tdo_tile, stats, keys, common, row, col, col >= plain, S)
     store(at(dq, strides.dq, lead, S.VEC), acc * call.scale, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, S)
 
 
@@ -107,7 +103,7 @@ def _dkv_step(
     common,
     row,
     col,
-    EDGE: tl.constexpr,
+    edge,
     DK: tl.constexpr,
     DV: tl.constexpr,
     S: tl.constexpr,
@@ -120,7 +116,7 @@ def _dkv_step(
     do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
     tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
     pivots, delta, tau, tdelta = load_stats(stats, head, row, call, S.BLOCK_M, True)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, True, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, True, S)
     p = probabilities(x, pivots[None, :], q.dtype)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, True)
     u = log_tangent(q, tq, k, tk, tau[None, :], call, True, S)
@@ -143,11 +139,8 @@ def _dkv_head(acc_k, acc_v, k, tk, v, tv, rows, common, col, DK: tl.constexpr, D
     """What the rows of one query head add to a block of keys."""
     call = common[5]
     start, plain = row_range(col, call, S)
-    if S.CAUSAL:
-        for row in tl.range(start, plain, S.BLOCK_M, num_stages=1):
-            acc_k, acc_v = _dkv_step(acc_k, acc_v, k, tk, v, tv, rows, common, row, col, True, DK, DV, S)
-    for row in range(plain, call.N, S.BLOCK_M):
-        acc_k, acc_v = _dkv_step(acc_k, acc_v, k, tk, v, tv, rows, common, row, col, False, DK, DV, S)
+    for row in range(start, call.N, S.BLOCK_M):
+        acc_k, acc_v = _dkv_step(acc_k, acc_v, k, tk, v, tv, rows, common, row, col, row < plain, DK, DV, S)
     return acc_k, acc_v
 
 

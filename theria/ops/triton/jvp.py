@@ -16,14 +16,13 @@ from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def _step(acc, tau, rows, keys, mask, seed, strides, lead, head, row, col, call, EDGE: tl.constexpr, S: tl.constexpr):
+def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: tl.constexpr):
     """One tile of keys: adds to (P̃∘tS)V + P̃tV and to tau."""
-    q, tq, pivots = rows
-    k_at, v_at, tk_at, tv_at = keys
-    EVEN: tl.constexpr = S.EVEN_M or not EDGE
-    k = load(k_at, col, call.M, strides.k, S.BLOCK_N, "D", EVEN, S)
-    tk = load(tk_at, col, call.M, strides.tk, S.BLOCK_N, "D", EVEN, S)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, False, S)
+    k, v, tk, tv = keys
+    mask, seed, strides, head, lead, call = common
+    k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
+    tk = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
     p = probabilities(x, pivots[:, None], q.dtype)
     ts = score_product(tq, k, None, False, S)
     ts = score_product(q, tk, ts, False, S)
@@ -31,10 +30,10 @@ def _step(acc, tau, rows, keys, mask, seed, strides, lead, head, row, col, call,
     if ts is not None:
         w = p * (ts * call.scale)
         tau += tl.sum(w, 1)
-        v = load(v_at, col, call.M, strides.v, S.BLOCK_N, "E", EVEN, S)
+        v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
         acc = product(drop(w, keep).to(v.dtype), v, acc, S)
-    if tv_at is not None:
-        tv = load(tv_at, col, call.M, strides.tv, S.BLOCK_N, "E", EVEN, S)
+    if tv is not None:
+        tv = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, S)
         acc = product(drop(p, keep).to(tv.dtype), tv, acc, S)
     return acc, tau
 
@@ -54,21 +53,13 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, 
     q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
     tq_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
     pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), q_tile.dtype)
-    rows = (q_tile, tq_tile, pivots)
-    keys = (
-        at(k, strides.k, lead, S.VEC),
-        at(v, strides.v, lead, S.VEC),
-        at(tk, strides.tk, lead, S.VEC),
-        at(tv, strides.tv, lead, S.VEC),
-    )
+    keys = (k, v, tk, tv)
+    common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
     sums = tl.zeros((S.BLOCK_M,), tl.float32)
     plain, end = key_range(row, call, S)
-    for col in range(0, plain, S.BLOCK_N):
-        acc, sums = _step(acc, sums, rows, keys, mask, seed, strides, lead, head, row, col, call, False, S)
-    if S.CAUSAL or not S.EVEN_M:
-        for col in tl.range(plain, end, S.BLOCK_N, num_stages=1):
-            acc, sums = _step(acc, sums, rows, keys, mask, seed, strides, lead, head, row, col, call, True, S)
+    for col in range(0, end, S.BLOCK_N):
+        acc, sums = _step(acc, sums, q_tile, tq_tile, pivots, keys, common, row, col, col >= plain, S)
     if tq is not None or tk is not None:
         o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
         acc -= sums[:, None] * o_tile.to(tl.float32)

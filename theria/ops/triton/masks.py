@@ -9,6 +9,17 @@ from theria.ops.triton.tensors import at
 
 
 @triton.jit
+def _positions(row, col, TRANSPOSED: tl.constexpr, S: tl.constexpr):
+    """Rows and columns of the tile at (row, col), along its dimensions."""
+    rows = row + tl.arange(0, S.BLOCK_M)
+    cols = col + tl.arange(0, S.BLOCK_N)
+    if TRANSPOSED:
+        return rows[None, :], cols[:, None]
+    else:
+        return rows[:, None], cols[None, :]
+
+
+@triton.jit
 def mask_scores(
     x,
     mask,
@@ -17,7 +28,7 @@ def mask_scores(
     row,
     col,
     call,
-    EDGE: tl.constexpr,
+    edge,
     UNIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     S: tl.constexpr,
@@ -27,30 +38,26 @@ def mask_scores(
     Args:
         x: scores times UNIT, (S.BLOCK_M, S.BLOCK_N), with TRANSPOSED (S.BLOCK_N, S.BLOCK_M).
         mask: bool (as bytes) or additive, or None; row and column strides of 0 broadcast it.
-        EDGE: the diagonal or the end of the keys may cross the tile.
+        edge: whether the diagonal or the end of the keys may cross the tile. Decided as the kernel runs: a second loop
+            for such tiles costs more than the branch (its pipeline starts anew, and its registers count too).
     """
-    if mask is None and not EDGE:
-        return x
-    else:
-        rows = row + tl.arange(0, S.BLOCK_M)
-        cols = col + tl.arange(0, S.BLOCK_N)
-        if TRANSPOSED:
-            rows, cols = rows[None, :], cols[:, None]
+    if mask is not None:
+        rows, cols = _positions(row, col, TRANSPOSED, S)
+        entries = at(mask, strides.mask, lead, 1)
+        entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
+        exists = (rows < call.N) & (cols < call.M)
+        if mask.dtype.element_ty.is_floating():
+            x += tl.load(entries, mask=exists, other=0.0).to(tl.float32) * UNIT
         else:
-            rows, cols = rows[:, None], cols[None, :]
-        if mask is not None:
-            entries = at(mask, strides.mask, lead, 1)
-            entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
-            exists = (rows < call.N) & (cols < call.M)
-            if mask.dtype.element_ty.is_floating():
-                x += tl.load(entries, mask=exists, other=0.0).to(tl.float32) * UNIT
-            else:
-                x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
-        if EDGE and not S.EVEN_M:
-            x = tl.where(cols < call.M, x, float("-inf"))
-        if EDGE and S.CAUSAL:
-            x = tl.where(rows >= cols, x, float("-inf"))
-        return x
+            x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
+    if S.CAUSAL or not S.EVEN_M:  # noqa: SIM102 - decided as it is compiled, the next as it runs
+        if edge:
+            rows, cols = _positions(row, col, TRANSPOSED, S)
+            if not S.EVEN_M:
+                x = tl.where(cols < call.M, x, float("-inf"))
+            if S.CAUSAL:
+                x = tl.where(rows >= cols, x, float("-inf"))
+    return x
 
 
 @triton.jit

@@ -33,8 +33,8 @@ def padded_rows(call):
 def load_stats(stats, head, row, call, BLOCK: tl.constexpr, TANGENTS: tl.constexpr):
     """(pivots, delta), with TANGENTS (pivots, delta, tau, tdelta) of the rows [row, row + BLOCK) of one head."""
     COUNT: tl.constexpr = 4 if TANGENTS else 2
-    first = tl.cast(head, tl.int64) * padded_rows(call) + tl.multiple_of(row, BLOCK)
-    packed = tl.load(tl.multiple_of(stats + first * COUNT, 16) + tl.arange(0, BLOCK * COUNT))
+    base = tl.multiple_of(stats + tl.cast(head, tl.int64) * padded_rows(call) * COUNT, 16)
+    packed = tl.load(base + tl.multiple_of(row, BLOCK) * COUNT + tl.arange(0, BLOCK * COUNT))
     if TANGENTS:
         even, odd = tl.split(tl.reshape(packed, (BLOCK, 2, 2)))
         pivots, tau = tl.split(even)

@@ -40,13 +40,11 @@ def score_product(rows, keys, acc, TRANSPOSED: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def scaled_scores(
-    q, k, mask, strides, lead, row, col, call, EDGE: tl.constexpr, TRANSPOSED: tl.constexpr, S: tl.constexpr
-):
+def scaled_scores(q, k, mask, strides, lead, row, col, call, edge, TRANSPOSED: tl.constexpr, S: tl.constexpr):
     """S (1) of the tile at (row, col) in the unit of :func:`pivot`, masked (:func:`theria.ops.triton.masks`)."""
     UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
     x = score_product(q, k, None, TRANSPOSED, S) * (call.scale * UNIT)
-    return mask_scores(x, mask, strides, lead, row, col, call, EDGE, UNIT, TRANSPOSED, S)
+    return mask_scores(x, mask, strides, lead, row, col, call, edge, UNIT, TRANSPOSED, S)
 
 
 @triton.jit

@@ -69,6 +69,8 @@ class Static:
         EVEN_N, EVEN_M: the tiles divide the rows, the keys.
         VEC: elements in 16 bytes when every address of the call divides by 16 bytes, else 1.
         PRECISION: what ``tl.dot`` does with float32 operands.
+        ROW_D, ROW_E: the stride that all rows of width D, of width E have in common; 0 where there is none. As a
+            constant it saves some thirty registers a thread.
         GROUPED: sum the cotangents of keys and values over the last leading dimension (grouped queries).
     """
 
@@ -83,6 +85,8 @@ class Static:
     EVEN_M: bool
     VEC: int
     PRECISION: str
+    ROW_D: int = 0
+    ROW_E: int = 0
     GROUPED: bool = False
 
     def __post_init__(self) -> None:
@@ -92,13 +96,14 @@ class Static:
 
 @triton.jit
 def coordinates(head, call):
-    """The four coordinates of a leading index, in 64 bits."""
-    head = tl.cast(head, tl.int64)
-    i3 = head % call.L3
-    head = head // call.L3
-    i2 = head % call.L2
-    head = head // call.L2
-    return head // call.L1, head % call.L1, i2, i3
+    """The four coordinates of a leading index, in 64 bits, so that addresses are; 32-bit divisions, as they are faster."""
+    outer = head // call.L3
+    i3 = head - outer * call.L3
+    head = outer // call.L2
+    i2 = outer - head * call.L2
+    outer = head // call.L1
+    i1 = head - outer * call.L1
+    return outer.to(tl.int64), i1.to(tl.int64), i2.to(tl.int64), i3.to(tl.int64)
 
 
 @triton.jit
@@ -121,9 +126,11 @@ def at_row(pointer, head, call):
 
 
 @triton.jit
-def _addresses(base, start, strides, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, VEC: tl.constexpr):
-    """Addresses (BLOCK, BLOCK_W) of the rows from ``start``; only offsets inside the tile are 32-bit."""
-    row = strides[4] * VEC
+def _addresses(base, start, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr):
+    """Addresses of the rows from ``start``; only offsets inside the tile are 32-bit."""
+    BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+    ROW: tl.constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
+    row = ROW if ROW > 0 else strides[4] * S.VEC
     first = base + tl.cast(start, tl.int64) * row
     return first + (tl.arange(0, BLOCK)[:, None] * row + tl.arange(0, BLOCK_W)[None, :])
 
@@ -149,7 +156,7 @@ def load(base, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, 
     else:
         SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
         BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
-        addresses = _addresses(base, start, strides, BLOCK, BLOCK_W, S.VEC)
+        addresses = _addresses(base, start, strides, BLOCK, WIDTH, S)
         if EVEN and SIZE == BLOCK_W:
             return tl.load(addresses)
         elif EVEN:
@@ -165,7 +172,7 @@ def store(
     """Write ``x`` to the rows [start, start + BLOCK) of one head, where they exist, in the tensor's dtype."""
     SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
     BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
-    addresses = _addresses(base, start, strides, BLOCK, BLOCK_W, S.VEC)
+    addresses = _addresses(base, start, strides, BLOCK, WIDTH, S)
     x = x.to(base.dtype.element_ty)
     if EVEN and SIZE == BLOCK_W:
         tl.store(addresses, x)
