@@ -81,9 +81,9 @@ def test_tiles_of_other_shapes(tile, monkeypatch, poisoned):
     Case(make(1, 40, 8), make(1, 50, 8), make(1, 50, 8), causal=True).check()
 
 
-# Of 512 combinations: all of the two directions without mixed tangents, and all of the mixed ones beside both and alone.
+# Of 512 combinations: all of the two directions without mixed tangents; all of the mixed ones, alone and beside both.
 COMBINATIONS = [
-    *(pair + (0, 0, 0) for pair in itertools.product((0, 1), repeat=6)),
+    *((*pair, 0, 0, 0) for pair in itertools.product((0, 1), repeat=6)),
     *((flag,) * 6 + mixed for flag in (0, 1) for mixed in itertools.product((0, 1), repeat=3)),
 ]
 

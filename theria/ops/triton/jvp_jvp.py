@@ -45,12 +45,12 @@ def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S: tl.constexpr
 
 
 @triton.jit
-def _add(acc, weight, base, keep, col, call, strides, EVEN: tl.constexpr, S: tl.constexpr):
+def _add(acc, weight, base, keep, col, call, strides, S: tl.constexpr):
     """acc + (R∘weight) v with the values or tangents of values at ``base``; ``acc`` where either is absent."""
     if weight is None or base is None:
         return acc
     else:
-        v = load(base, col, call.M, strides, S.BLOCK_N, "E", EVEN, S)
+        v = load(base, col, call.M, strides, S.BLOCK_N, "E", S.EVEN_M, S)
         return product(drop(weight, keep).to(v.dtype), v, acc, S)
 
 
@@ -64,17 +64,16 @@ def _times(x, p):
 
 
 @triton.jit
-def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, mask, seed, strides, lead, head, row, col,
-          call, EDGE: tl.constexpr, S: tl.constexpr):  # fmt: skip
+def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common, row, col, edge, S: tl.constexpr):
     """One tile of keys: adds to (22) without its second term, and to rowsum(P∘X)."""
-    EVEN: tl.constexpr = S.EVEN_M or not EDGE
     k_at, tk1_at, tk2_at, ttk_at = keys
     v_at, tv1_at, tv2_at, ttv_at = values
-    k = load(at(k_at, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", EVEN, S)
-    tk1 = load(at(tk1_at, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", EVEN, S)
-    tk2 = load(at(tk2_at, strides.tk2, lead, S.VEC), col, call.M, strides.tk2, S.BLOCK_N, "D", EVEN, S)
-    ttk = load(at(ttk_at, strides.ttk, lead, S.VEC), col, call.M, strides.ttk, S.BLOCK_N, "D", EVEN, S)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, False, S)
+    mask, seed, strides, head, lead, call = common
+    k = load(at(k_at, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
+    tk1 = load(at(tk1_at, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
+    tk2 = load(at(tk2_at, strides.tk2, lead, S.VEC), col, call.M, strides.tk2, S.BLOCK_N, "D", S.EVEN_M, S)
+    ttk = load(at(ttk_at, strides.ttk, lead, S.VEC), col, call.M, strides.ttk, S.BLOCK_N, "D", S.EVEN_M, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
     p = probabilities(x, pivots[:, None], q.dtype)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     u1 = _centred(tq1, k, q, tk1, tau1, call, S)
@@ -82,10 +81,10 @@ def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, mask, s
     w = _times(_curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S), p)
     if w is not None:
         sums += tl.sum(w, 1)
-    acc = _add(acc, w, at(v_at, strides.v, lead, S.VEC), keep, col, call, strides.v, EVEN, S)
-    acc = _add(acc, _times(u1, p), at(tv2_at, strides.tv2, lead, S.VEC), keep, col, call, strides.tv2, EVEN, S)
-    acc = _add(acc, _times(u2, p), at(tv1_at, strides.tv, lead, S.VEC), keep, col, call, strides.tv, EVEN, S)
-    acc = _add(acc, p, at(ttv_at, strides.ttv, lead, S.VEC), keep, col, call, strides.ttv, EVEN, S)
+    acc = _add(acc, w, at(v_at, strides.v, lead, S.VEC), keep, col, call, strides.v, S)
+    acc = _add(acc, _times(u1, p), at(tv2_at, strides.tv2, lead, S.VEC), keep, col, call, strides.tv2, S)
+    acc = _add(acc, _times(u2, p), at(tv1_at, strides.tv, lead, S.VEC), keep, col, call, strides.tv, S)
+    acc = _add(acc, p, at(ttv_at, strides.ttv, lead, S.VEC), keep, col, call, strides.ttv, S)
     return acc, sums
 
 
@@ -111,16 +110,13 @@ def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, 
     tau2_row = load_row(at_row(tau2, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
     keys = (k, tk, tk2, ttk)
     values = (v, tv, tv2, ttv)
+    common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
     sums = tl.zeros((S.BLOCK_M,), tl.float32)
     plain, end = key_range(row, call, S)
-    for col in range(0, plain, S.BLOCK_N):
+    for col in range(0, end, S.BLOCK_N):
         acc, sums = _step(acc, sums, q_tile, tq1_tile, tq2_tile, ttq_tile, pivots, tau1_row, tau2_row, keys, values,
-                          mask, seed, strides, lead, head, row, col, call, False, S)  # fmt: skip
-    if S.CAUSAL or not S.EVEN_M:
-        for col in range(plain, end, S.BLOCK_N):
-            acc, sums = _step(acc, sums, q_tile, tq1_tile, tq2_tile, ttq_tile, pivots, tau1_row, tau2_row, keys,
-                              values, mask, seed, strides, lead, head, row, col, call, True, S)  # fmt: skip
+                          common, row, col, col >= plain, S)  # fmt: skip
     o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     acc -= sums[:, None] * o_tile.to(tl.float32)
     store(at(to, strides.to, lead, S.VEC), acc, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
@@ -145,7 +141,7 @@ def jvp_jvp(
     frame = Frame(ops, spec, o=o, **moved, ttq=t12.q, ttk=t12.k, ttv=t12.v)
     tile = select("jvp_jvp", frame)
     rows = tuple(frame.rows(x) for x in (lse, tau1, tau2))
-    tto = frame.new("to", "q", (*frame.lead, frame.N, frame.E))
+    tto = frame.new_output("to")
     tensors, strides, call, static = frame.describe(NAMES, tile)
     programs = -(-frame.N // tile.rows) * frame.heads
     launch(jvp_jvp_kernel, programs, frame, (*tensors, *rows, strides, call), static, tile)
