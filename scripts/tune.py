@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
-from theria.ops.triton import short, tile_table
+from theria.ops.triton import tile_table
 from theria.ops.triton.launch import launch
 from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, Key, Tile, is_short, override
 from theria.testing import difference
-from theria.testing.kernels import RULES, Problem, call, launches, make_problem, truth
+from theria.testing.kernels import RULES, Problem, call, launches, make_problem, short_sides, truth
 from theria.testing.machine import machine
 
 TABLE_FILE = Path(tile_table.__file__)
@@ -72,7 +72,8 @@ def candidates(key: Key) -> list[Tile]:
         return [Tile(rows, keys, warps, 1) for rows, keys, warps in ROW_SUM_BLOCKS]
     if is_short(key.kernel):
         side = [Tile(rows, key.keys, warps, 1) for rows, warps in product(SHORT_ROWS[key.keys], (1, 2, 4, 8))]
-        return [tile for tile in side if 256 <= tile.rows * tile.keys // tile.warps <= 2048]
+        least = 64 if key.kind == "float" or key.width >= 128 else 256
+        return [tile for tile in side if least <= tile.rows * tile.keys // tile.warps <= 2048]
     width = (key.kind, max(key.width, 64))
     tiles = [Tile(o, i, w, stages) for o, i, w in BLOCKS[width] for stages in STAGES.get(width, (1, 2))]
     if "dkv" in key.kernel:
@@ -203,8 +204,9 @@ def wanted(args: argparse.Namespace, arch: int) -> Iterator[Key]:
         if not is_short(kernel):
             if kernel not in ROWS_ONLY or not causal:
                 yield Key(kernel, width, kind, causal, arch)
-        elif width <= short.WIDTH and not causal:
-            yield from (Key(kernel, width, kind, causal, arch, keys) for keys in args.lengths)
+        elif not causal:
+            sides = [keys for keys in short_sides(width, kind) if keys in args.lengths]
+            yield from (Key(kernel, width, kind, causal, arch, keys) for keys in sides)
 
 
 def line(row: dict[str, Any]) -> str:

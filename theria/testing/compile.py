@@ -26,12 +26,11 @@ from triton.runtime import driver
 
 from theria.ops.triton.tile_table import TABLE
 from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, WIDTHS, Key, Tile, is_short, lookup, measured, override
-from theria.testing.kernels import RULES, Launch, launches, make_problem, name_of
+from theria.testing.kernels import RULES, Launch, launches, make_problem, name_of, short_sides
 
 KB = 1024
 # The most that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_LIMITS = {80: 163 * KB, 86: 99 * KB, 87: 163 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}
-SHORT_SIDES = (16, 32, 64, 128)  # keys of the short kernels
 WGMMA_ROWS, WGMMA_WARPS = 64, 4  # the least that a product needs on each side of a warp group
 
 
@@ -131,7 +130,7 @@ def ought_to_use_wgmma(kernel: str, tile: Tile, dtype: torch.dtype, arch: int) -
     """Whether a kernel with this tile ought to run on Hopper's matrix units."""
     if arch != 90 or dtype == torch.float32 or tile.warps < WGMMA_WARPS or kernel in ROWS_ONLY:
         return False
-    kept = min(tile.rows, tile.keys) if is_short(kernel) else tile.keys if "dkv" in kernel else tile.rows
+    kept = tile.keys if is_short(kernel) or "dkv" in kernel else tile.rows
     return kept >= WGMMA_ROWS
 
 
@@ -163,7 +162,7 @@ def configurations(arch: int, kernels: Sequence[str] = tuple(RULES)) -> Iterator
         if kernel + VARIANT in RULES:
             continue
         if is_short(kernel):
-            keys = [Key(kernel, width, kind, False, arch, side) for side in SHORT_SIDES if width <= SHORT_SIDES[-1]]
+            keys = [Key(kernel, width, kind, False, arch, side) for side in short_sides(width, kind)]
         else:
             keys = [Key(kernel, width, kind, kernel not in ROWS_ONLY, arch)]
         yield from (key for key in keys if not measured(key))

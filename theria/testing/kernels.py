@@ -20,7 +20,7 @@ from torch import Tensor
 
 from theria.ops import reference
 from theria.ops.operands import AttentionSpec, Operands, Tangents, default_scale
-from theria.ops.triton.tiles import VARIANT
+from theria.ops.triton.tiles import DTYPES, VARIANT, WIDTHS
 
 
 class Launch(NamedTuple):
@@ -221,3 +221,9 @@ def launches(kernel: str, problem: Problem) -> list[Launch]:
 def name_of(launch: Launch) -> str:
     """The name of the kernel's function."""
     return launch.kernel.fn.__name__
+
+
+def short_sides(width: int, kind: str) -> list[int]:
+    """Tile sides of the keys that the short kernels take with heads of a width."""
+    short, rules = (import_module(f"theria.ops.triton.{name}") for name in ("short", "rules"))
+    return [side for side in WIDTHS if short.fits(rules.Sizes(side, side, width, width), DTYPES[kind])]

@@ -124,7 +124,9 @@ def lookup(key: Key) -> Tile:
     if key.kernel.removesuffix(VARIANT) in ROWS_ONLY:
         return Tile(max(4096 // key.width, LEAST), LEAST, 4, 1)
     if is_short(key.kernel):
-        return Tile(max(64 * 64 // max(key.keys, key.width), LEAST), key.keys, 8 if key.keys > 64 else 4, 1)
+        area = 1024 if key.kind == "float" else 4096
+        rows = min(max(area // max(key.keys, key.width), LEAST), 64)
+        return Tile(rows, key.keys, 8 if key.keys > 64 or key.width >= 128 else 4, 1)
     order = "second" if key.kernel.startswith(("hvp", "jvp_jvp")) else "first"
     kept, walked, warps, stages = DEFAULTS[order][key.kind, key.width]
     return Tile(walked, kept, warps, stages) if "dkv" in key.kernel else Tile(kept, walked, warps, stages)
