@@ -27,18 +27,12 @@ def heads_from(first, total, PACK: tl.constexpr):
 
 @triton.jit
 def coordinates(head, call, FLAT: tl.constexpr):
-    """The four coordinates of leading indices by 32-bit divisions; none where one dimension holds them all (FLAT)."""
+    """The four coordinates of leading indices, without a division where one dimension holds them all (FLAT)."""
     if FLAT:
-        zero = tl.zeros_like(tl.cast(head, tl.int64))
-        return zero, zero, zero, tl.cast(head, tl.int64)
+        zero = tl.zeros_like(head).to(tl.int64)
+        return zero, zero, zero, head.to(tl.int64)
     else:
-        i3 = head % call.L3
-        head = head // call.L3
-        i2 = head % call.L2
-        head = head // call.L2
-        i1 = head % call.L1
-        i0 = head // call.L1
-        return tl.cast(i0, tl.int64), tl.cast(i1, tl.int64), tl.cast(i2, tl.int64), tl.cast(i3, tl.int64)
+        return tensors.coordinates(head, call)
 
 
 @triton.jit
@@ -93,7 +87,9 @@ def load(
     else:
         SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
         BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
-        addresses = base + (_rows(start, BLOCK) * (strides[4] * S.VEC) + _cols(BLOCK_W))
+        ROW: tl.constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
+        row = ROW if ROW > 0 else strides[4] * S.VEC
+        addresses = base + (_rows(start, BLOCK) * row + _cols(BLOCK_W))
         if EVEN and SIZE == BLOCK_W:
             return tl.load(addresses)
         else:
@@ -114,7 +110,9 @@ def store(
     else:
         SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
         BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
-        addresses = base + (_rows(start, BLOCK) * (strides[4] * S.VEC) + _cols(BLOCK_W))
+        ROW: tl.constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
+        row = ROW if ROW > 0 else strides[4] * S.VEC
+        addresses = base + (_rows(start, BLOCK) * row + _cols(BLOCK_W))
         x = x.to(base.dtype.element_ty)
         if EVEN and SIZE == BLOCK_W:
             tl.store(addresses, x)
