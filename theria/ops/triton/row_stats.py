@@ -62,18 +62,18 @@ def row_stats_kernel(o, do, tdo, to, lse, tau, stats, strides, call, S: tl.const
     head = tl.program_id(0) // blocks
     row = (tl.program_id(0) % blocks) * S.BLOCK_M
     lead = coordinates(head, call)
-    pivots = load_row(at_row(lse, head, call), row, call.N, float("inf"), S.BLOCK_M, S.EVEN_N)
+    pivots = load_row(at_row(lse, head, call), row, call.N, float("inf"), S.BLOCK_M, False)
     index = row + tl.arange(0, S.BLOCK_M)
     out = stats + (tl.cast(head, tl.int64) * rows + index) * COUNT
     exists = index < rows
     tl.store(out, pivot(pivots, o.dtype.element_ty), mask=exists)
-    o = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
-    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
+    o = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", False, S)
+    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", False, S)
     tl.store(out + 1, _dot(do, o), mask=exists)
     if tau is not None:
-        tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
-        to = load(at(to, strides.to, lead, S.VEC), row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
-        taus = load_row(at_row(tau, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
+        tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", False, S)
+        to = load(at(to, strides.to, lead, S.VEC), row, call.N, strides.to, S.BLOCK_M, "E", False, S)
+        taus = load_row(at_row(tau, head, call), row, call.N, 0.0, S.BLOCK_M, False)
         tl.store(out + 2, taus, mask=exists)
         tl.store(out + 3, _dot(do, to) + _dot(tdo, o), mask=exists)
 
