@@ -11,35 +11,35 @@ from torch import Tensor
 from theria.ops.operands import AttentionSpec, Operands
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
-from theria.ops.triton.masks import key_range
+from theria.ops.triton.masks import key_range, mask_scores
 from theria.ops.triton.softmax import LN2, LOG2E, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, at_row, coordinates, load, store, store_row
 from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def _step(
-    acc, total, top, q, keys, mask, seed, strides, lead, head, row, col, call, EDGE: tl.constexpr, S: tl.constexpr
-):
+def _step(acc, total, top, q, keys, common, row, col, edge, S: tl.constexpr):
     """One tile of keys: the maxima of the rows so far, in the unit of the scores; the sums of their weights and the
     weighted sums of V relative to them."""
-    k_at, v_at = keys
-    EVEN: tl.constexpr = S.EVEN_M or not EDGE
-    k = load(k_at, col, call.M, strides.k, S.BLOCK_N, "D", EVEN, S)
-    if mask is None and not EDGE:  # the maximum before the scale: an exponent is then one multiply-add of a product
-        UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
+    k, v = keys
+    mask, seed, strides, head, lead, call = common
+    UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
+    k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
+    ADDITIVE: tl.constexpr = mask is not None and mask.dtype.element_ty.is_floating()
+    if ADDITIVE:
+        x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
+        higher = tl.maximum(top, tl.max(x, 1))
+    else:  # the maximum before the (positive) scale: an exponent is then one multiply-add of a product
         x = score_product(q, k, None, False, S)
+        x = mask_scores(x, mask, strides, lead, row, col, call, edge, UNIT, False, S)
         higher = tl.maximum(top, tl.max(x, 1) * (call.scale * UNIT))
         x = x * (call.scale * UNIT)
-    else:
-        x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, False, S)
-        higher = tl.maximum(top, tl.max(x, 1))
     pivots = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
     weight = probabilities(x, pivots[:, None], q.dtype)
     shrink = probabilities(top, pivots, q.dtype)
     total = total * shrink + tl.sum(weight, 1)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
-    v = load(v_at, col, call.M, strides.v, S.BLOCK_N, "E", EVEN, S)
+    v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
     acc = product(drop(weight, keep).to(v.dtype), v, acc * shrink[:, None], S)
     return acc, total, higher
 
@@ -57,20 +57,14 @@ def forward_kernel(q, k, v, mask, seed, o, lse, strides, call, S: tl.constexpr):
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
     q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
-    keys = (at(k, strides.k, lead, S.VEC), at(v, strides.v, lead, S.VEC))
+    keys = (k, v)
+    common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
     total = tl.zeros((S.BLOCK_M,), tl.float32)
     top = tl.full((S.BLOCK_M,), float("-inf"), tl.float32)
     plain, end = key_range(row, call, S)
-    for col in range(0, plain, S.BLOCK_N):
-        acc, total, top = _step(
-            acc, total, top, q_tile, keys, mask, seed, strides, lead, head, row, col, call, False, S
-        )
-    if S.CAUSAL or not S.EVEN_M:
-        for col in tl.range(plain, end, S.BLOCK_N, num_stages=1):
-            acc, total, top = _step(
-                acc, total, top, q_tile, keys, mask, seed, strides, lead, head, row, col, call, True, S
-            )
+    for col in range(0, end, S.BLOCK_N):
+        acc, total, top = _step(acc, total, top, q_tile, keys, common, row, col, col >= plain, S)
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: o = 0, lse = −∞
     store(at(o, strides.o, lead, S.VEC), acc / total[:, None], row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     rows = top + tl.log(total) if q_tile.dtype == tl.float32 else (top + tl.log2(total)) * LN2
@@ -82,8 +76,9 @@ NAMES = ("q", "k", "v", "mask", "seed", "o")
 
 def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o, lse; see :func:`theria.ops.reference.forward`."""
-    if spec.scale < 0:  # the kernel takes the maximum of a row before the scale
-        ops, spec = ops._replace(q=-ops.q), replace(spec, scale=-spec.scale)
+    if spec.scale <= 0:  # the kernel takes the maximum of a row before the scale
+        sign = -1 if spec.scale < 0 else 0
+        ops, spec = ops._replace(q=sign * ops.q), replace(spec, scale=-spec.scale or 1.0)
     frame = Frame(ops, spec)
     tile = select("forward", frame)
     o, lse = frame.new_output(), frame.new_rows()

@@ -96,7 +96,7 @@ class Static:
 
 @triton.jit
 def coordinates(head, call):
-    """The four coordinates of a leading index; 64-bit, as addresses must be, from 32-bit divisions, which are cheaper."""
+    """The four coordinates of a leading index: 64-bit, as addresses must be, from 32-bit divisions (cheaper)."""
     outer = head // call.L3
     i3 = head - outer * call.L3
     head = outer // call.L2

@@ -21,15 +21,14 @@ from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def _dq_step(acc, rows, keys, common, row, col, EDGE: tl.constexpr, S: tl.constexpr):
+def _dq_step(acc, rows, keys, common, row, col, edge, S: tl.constexpr):
     """One tile of keys: adds dS K."""
     q, do, pivots, delta = rows
     k_at, v_at = keys
     mask, seed, strides, head, lead, call = common
-    EVEN: tl.constexpr = S.EVEN_M or not EDGE
-    k = load(k_at, col, call.M, strides.k, S.BLOCK_N, "D", EVEN, S)
-    v = load(v_at, col, call.M, strides.v, S.BLOCK_N, "E", EVEN, S)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, False, S)
+    k = load(k_at, col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
+    v = load(v_at, col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
     dp = score_product(do, v, None, False, S)
     p = probabilities(x, pivots[:, None], q.dtype)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
@@ -57,18 +56,15 @@ def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, strides, call, S: tl.const
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
     plain, end = key_range(row, call, S)
-    for col in range(0, plain, S.BLOCK_N):
-        acc = _dq_step(acc, rows, keys, common, row, col, False, S)
-    if S.CAUSAL or not S.EVEN_M:
-        for col in tl.range(plain, end, S.BLOCK_N, num_stages=1):
-            acc = _dq_step(acc, rows, keys, common, row, col, True, S)
+    for col in range(0, end, S.BLOCK_N):
+        acc = _dq_step(acc, rows, keys, common, row, col, col >= plain, S)
     store(at(dq, strides.dq, lead, S.VEC), acc * call.scale, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, S)
 
 
 @triton.jit
 def _dkv_step(
     acc_k, acc_v, keys, rows, common, row, col,
-    EDGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
+    edge, DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows: adds dSᵀQ and P̃ᵀdO. Tiles of scores are (keys, rows)."""
     k, v = keys
@@ -77,7 +73,7 @@ def _dkv_step(
     q = load(q_at, row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
     do = load(do_at, row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
     pivots, delta = load_stats(stats, head, row, call, S.BLOCK_M, False)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, EDGE, True, S)
+    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, True, S)
     p = probabilities(x, pivots[None, :], q.dtype)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, True)
     if DV:
@@ -98,11 +94,8 @@ def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: tl.constexpr, DV: tl.co
     common = (mask, seed, strides, head, lead, call)
     rows = (at(q, strides.q, lead, S.VEC), at(do, strides.do, lead, S.VEC), stats)
     start, plain = row_range(col, call, S)
-    if S.CAUSAL:
-        for row in range(start, plain, S.BLOCK_M):
-            acc_k, acc_v = _dkv_step(acc_k, acc_v, keys, rows, common, row, col, True, DK, DV, S)
-    for row in range(plain, call.N, S.BLOCK_M):
-        acc_k, acc_v = _dkv_step(acc_k, acc_v, keys, rows, common, row, col, False, DK, DV, S)
+    for row in range(start, call.N, S.BLOCK_M):
+        acc_k, acc_v = _dkv_step(acc_k, acc_v, keys, rows, common, row, col, row < plain, DK, DV, S)
     return acc_k, acc_v
 
 
