@@ -1,9 +1,17 @@
-"""Shared by all tests: no test depends on the order, and no result on memory that nobody wrote."""
+"""Shared by all tests: no test depends on the order, and no result on memory that nobody wrote.
+
+Without a GPU the kernels run in Triton's interpreter, which is decided before anything imports Triton.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # the suite runs in several processes
 
@@ -24,3 +32,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             return x.fill_(float("nan")) if x.dtype.is_floating_point else x
 
         monkeypatch.setattr(torch, name, poison)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's interpreter turns arrays of one element into loop bounds, which numpy warns about."""
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")

@@ -15,3 +15,5 @@ HVP_FD_F32 = 2e-3
 EAGER_SOFTMAX_F32 = 1e-6
 # Two meta-gradients of an attention model after up to 20 inner steps, float64: rounding grown by 20 Hessians.
 META_GRADIENT_F64 = 1e-10
+# Kernels in float32 with torch's "highest" products, against the reference in float64.
+TRITON_F32 = 2e-6

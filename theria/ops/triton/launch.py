@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import inf
 from typing import Any
 
 import torch
@@ -228,9 +229,13 @@ def _vec(dtype: torch.dtype, tensors: Sequence[Tensor], strides: Sequence[tuple[
 
 
 def _empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor with the order of dimensions of ``like`` where their leading shapes agree."""
+    """An uninitialised tensor with the order of dimensions of ``like`` where their leading shapes agree.
+
+    The last dimension stays the last one; one in which ``like`` is expanded comes first.
+    """
     if like.shape[:-1] != shape[:-1] or like.is_contiguous():
         return torch.empty(shape, dtype=dtype, device=like.device)
-    order = sorted(range(len(shape)), key=lambda dim: (-like.stride(dim), dim))
+    last = len(shape) - 1
+    order = [*sorted(range(last), key=lambda dim: (-like.stride(dim) or -inf, dim)), last]
     back = [order.index(dim) for dim in range(len(shape))]
     return torch.empty([shape[dim] for dim in order], dtype=dtype, device=like.device).permute(back)
