@@ -64,7 +64,7 @@ def test_composition_equals_the_reference(composition: str, sample: Sample) -> N
 
 
 @pytest.mark.skipif(ON_GPU, reason="there every composition sees every sample")
-@pytest.mark.parametrize(("sample", "composition"), zip(SAMPLES, itertools.cycle(SECOND)), ids=ids)
+@pytest.mark.parametrize(("sample", "composition"), list(zip(SAMPLES, itertools.cycle(SECOND))), ids=ids)
 def test_every_sample_to_second_order(sample: Sample, composition: str) -> None:
     assert error(composition, sample) <= TRITON_F32
 
