@@ -12,7 +12,7 @@ from theria.ops.operands import AttentionSpec, Operands
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, mask_scores
-from theria.ops.triton.softmax import LN2, LOG2E, probabilities, product, scaled_scores, score_product
+from theria.ops.triton.softmax import LN2, LOG2E, left_operand, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, at_row, coordinates, load, store, store_row
 from theria.ops.triton.tiles import select
 
@@ -57,6 +57,7 @@ def forward_kernel(q, k, v, mask, seed, o, lse, strides, call, S: tl.constexpr):
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
     q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
+    q_tile = left_operand(q_tile, S)
     keys = (k, v)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)

@@ -16,7 +16,7 @@ from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, row_range
 from theria.ops.triton.row_stats import load_stats, row_stats
-from theria.ops.triton.softmax import probabilities, product, scaled_scores, score_product
+from theria.ops.triton.softmax import left_operand, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, coordinates, load, store
 from theria.ops.triton.tiles import select
 
@@ -82,6 +82,10 @@ def hvp_dq_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, strides, 
     do_tile = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
     tdo_tile = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
     stats = load_stats(stats, head, row, call, S.BLOCK_M, True)
+    q_tile = left_operand(q_tile, S)
+    tq_tile = left_operand(tq_tile, S)
+    do_tile = left_operand(do_tile, S)
+    tdo_tile = left_operand(tdo_tile, S)
     keys = (k, tk, v, tv)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
@@ -137,7 +141,10 @@ def _dkv_step(
 @triton.jit
 def _dkv_head(acc_k, acc_v, k, tk, v, tv, rows, common, col, DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr):
     """What the rows of one query head add to a block of keys."""
-    call = common[5]
+    mask, seed, strides, head, lead, call = common
+    if seed is not None:
+        seed = tl.load(at(seed, strides.seed, lead, 1))
+    common = (mask, seed, strides, head, lead, call)
     start, plain = row_range(col, call, S)
     for row in range(start, call.N, S.BLOCK_M):
         acc_k, acc_v = _dkv_step(acc_k, acc_v, k, tk, v, tv, rows, common, row, col, row < plain, DK, DV, S)
@@ -151,30 +158,26 @@ def hvp_dkv_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dk, dv, stats, stri
     DV: tl.constexpr = dv is not None
     blocks = tl.cdiv(call.M, S.BLOCK_N)
     first = tl.program_id(0) // blocks
-    group = 1
     if S.GROUPED:
-        group = call.L3
-        first *= group
+        first *= call.L3
     col = (tl.program_id(0) % blocks) * S.BLOCK_N
     lead = coordinates(first, call)
     k_tile = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
     tk_tile = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
     v_tile = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
     tv_tile = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, S)
+    k_tile = left_operand(k_tile, S)
+    tk_tile = left_operand(tk_tile, S)
+    v_tile = left_operand(v_tile, S)
+    tv_tile = left_operand(tv_tile, S)
     rows = (q, tq, do, tdo, stats)
     acc_k = tl.zeros((S.BLOCK_N, S.BLOCK_D if DK else 1), tl.float32)
     acc_v = tl.zeros((S.BLOCK_N, S.BLOCK_E if DV else 1), tl.float32)
     if S.GROUPED:
-        for head in range(first, first + group):
-            one = coordinates(head, call)
-            key = seed
-            if seed is not None:
-                key = tl.load(at(seed, strides.seed, one, 1))
-            common = (mask, key, strides, head, one, call)
+        for head in range(first, first + call.L3):
+            common = (mask, seed, strides, head, coordinates(head, call), call)
             acc_k, acc_v = _dkv_head(acc_k, acc_v, k_tile, tk_tile, v_tile, tv_tile, rows, common, col, DK, DV, S)
     else:
-        if seed is not None:
-            seed = tl.load(at(seed, strides.seed, lead, 1))
         common = (mask, seed, strides, first, lead, call)
         acc_k, acc_v = _dkv_head(acc_k, acc_v, k_tile, tk_tile, v_tile, tv_tile, rows, common, col, DK, DV, S)
     if DK:

@@ -10,7 +10,7 @@ from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range
-from theria.ops.triton.softmax import pivot, probabilities, product, scaled_scores, score_product
+from theria.ops.triton.softmax import left_operand, pivot, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, at_row, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
 
@@ -53,6 +53,8 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, 
     q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
     tq_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
     pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), q_tile.dtype)
+    q_tile = left_operand(q_tile, S)
+    tq_tile = left_operand(tq_tile, S)
     keys = (k, v, tk, tv)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)

@@ -27,6 +27,7 @@ UNALIGNED = ("mask", "seed")  # addressed element by element
 WIDE_E = ("v", "o", "do", "tv", "tdo", "to", "tv2", "ttv", "dv")  # the others have width D
 
 Steps = tuple[tuple[int, ...], ...]
+Layout = tuple[str, Sequence[int], Sequence[int]]  # name, shape, strides
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -78,10 +79,12 @@ class Frame:
     """
 
     def __init__(self, ops: Operands, spec: AttentionSpec, **tensors: Tensor | None) -> None:
-        mask = ops.mask.view(torch.uint8) if ops.mask is not None and ops.mask.dtype == torch.bool else ops.mask
         given = {"q": ops.q, "k": ops.k, "v": ops.v, **tensors}
         self.tensors = {name: _readable(x) for name, x in given.items() if x is not None}
-        self.tensors |= {name: x for name, x in (("mask", mask), ("seed", ops.seed)) if x is not None}
+        if ops.mask is not None:
+            self.tensors["mask"] = ops.mask.view(torch.uint8) if ops.mask.dtype == torch.bool else ops.mask
+        if ops.seed is not None:
+            self.tensors["seed"] = ops.seed
         self.spec = spec
         self.lead = batch_shape(*self.tensors.values())
         self.heads = self.lead.numel()
@@ -91,21 +94,24 @@ class Frame:
 
     def _make_addressable(self) -> None:
         """Copy what more than four leading dimensions keep from being read in place (nested ``vmap`` at its worst)."""
+        if len(self.lead) <= LEADING:
+            return
         copies: tuple[Callable[[Tensor], Tensor], ...] = (
             lambda x: x,
             lambda x: x.contiguous(),
             lambda x: x.expand(*self.lead, *x.shape[-2:]).contiguous(),
         )
         whole = torch.empty(*self.lead, 1, 1, device="meta").stride()[:-2]
-        for copy in copies if len(self.lead) > LEADING else ():
+        for copy in copies:
             self.tensors = {name: copy(x) for name, x in self.tensors.items()}
-            steps = (whole, *(_steps(x) for x in self.tensors.values()))
+            steps = (whole, *(_steps(x.shape, x.stride()) for x in self.tensors.values()))
             if collapse(tuple(self.lead), steps, True) is not None:
                 break
 
     def rows(self, x: Tensor) -> Tensor:
         """A row statistic as kernels read it: contiguous (*L, N)."""
-        return x.expand(*self.lead, self.N).contiguous()
+        shape = (*self.lead, self.N)
+        return (x if x.shape == shape else x.expand(shape)).contiguous()
 
     def new_rows(self) -> Tensor:
         """An uninitialised row statistic (*L, N)."""
@@ -154,33 +160,72 @@ class Frame:
         self, names: Sequence[str], tile: Tile, grouped: bool = False
     ) -> tuple[list[Tensor | None], Strides, Call, Static]:
         """The named tensors (None where absent), their strides, the numbers of the call, what to compile for."""
-        present = {name: self.tensors[name] for name in names if name in self.tensors}
-        merged = collapse(tuple(self.lead), tuple(_steps(x) for x in present.values()), grouped)
-        assert merged is not None, "outputs have the order of dimensions of an input or are contiguous"
-        sizes, walked = merged
-        strides = {name: (*lead, *_inner(name, x)) for (name, x), lead in zip(present.items(), walked, strict=True)}
-        operands = [name for name in present if name not in UNALIGNED]
-        vec = _vec(self.dtype, [present[name] for name in operands], [strides[name] for name in operands])
-        strides |= {name: tuple(s // vec for s in strides[name]) for name in operands}
-        p, heads = self.spec.dropout_p, max(torch.Size(self.spec.heads).numel(), 1)
-        call = Call(self.spec.scale, self.N, self.M, *sizes[1:], heads, threshold(p), keep_scale(p))
-        static = Static(
-            D=self.D,
-            E=self.E,
-            BLOCK_D=max(power_of_two(self.D), 16),
-            BLOCK_E=max(power_of_two(self.E), 16),
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.keys,
-            CAUSAL=self.spec.is_causal,
-            EVEN_N=self.N % tile.rows == 0,
-            EVEN_M=self.M % tile.keys == 0,
-            VEC=vec,
-            PRECISION=precision(self.dtype),
-            ROW_D=_common_row([present[name] for name in operands if name not in WIDE_E]),
-            ROW_E=_common_row([present[name] for name in operands if name in WIDE_E]),
-            GROUPED=grouped,
+        tensors = [self.tensors.get(name) for name in names]
+        present = [(name, x) for name, x in zip(names, tensors, strict=True) if x is not None]
+        layouts = tuple((name, x.shape, x.stride()) for name, x in present)
+        size = self.dtype.itemsize
+        aligned = all(
+            x.data_ptr() % 16 == 0 and x.dtype.itemsize >= size for name, x in present if name not in UNALIGNED
         )
-        return [self.tensors.get(name) for name in names], Strides(**strides), call, static
+        sizes = self.N, self.M, self.D, self.E
+        described = _describe(
+            layouts,
+            tuple(self.lead),
+            sizes,
+            16 // size if aligned else 1,
+            precision(self.dtype),
+            self.spec,
+            tile,
+            grouped,
+        )
+        return tensors, *described
+
+
+@lru_cache(maxsize=4096)
+def _describe(
+    layouts: tuple[Layout, ...],
+    lead: tuple[int, ...],
+    sizes: tuple[int, int, int, int],
+    vec: int,
+    precision: str,
+    spec: AttentionSpec,
+    tile: Tile,
+    grouped: bool,
+) -> tuple[Strides, Call, Static]:
+    """What :meth:`Frame.describe` says about tensors of these layouts.
+
+    The same object for the same call: Triton looks a kernel up by it. ``vec``: elements in 16 bytes, 1 where an address
+    does not divide by them.
+    """
+    merged = collapse(lead, tuple(_steps(shape, stride) for _, shape, stride in layouts), grouped)
+    assert merged is not None, "outputs have the order of dimensions of an input or are contiguous"
+    leading, walked = merged
+    strides = {layout[0]: (*steps, *_inner(*layout)) for layout, steps in zip(layouts, walked, strict=True)}
+    operands = [layout for layout in layouts if layout[0] not in UNALIGNED]
+    if any(s % vec for name, *_ in operands for s in strides[name]):
+        vec = 1
+    strides |= {name: tuple(s // vec for s in strides[name]) for name, *_ in operands}
+    N, M, D, E = sizes
+    heads = max(torch.Size(spec.heads).numel(), 1)
+    call = Call(spec.scale, N, M, *leading[1:], heads, threshold(spec.dropout_p), keep_scale(spec.dropout_p))
+    static = Static(
+        D=D,
+        E=E,
+        BLOCK_D=max(power_of_two(D), 16),
+        BLOCK_E=max(power_of_two(E), 16),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        CAUSAL=spec.is_causal,
+        EVEN_N=N % tile.rows == 0,
+        EVEN_M=M % tile.keys == 0,
+        VEC=vec,
+        PRECISION=precision,
+        ROW_D=_common_row([layout for layout in operands if layout[0] not in WIDE_E]),
+        ROW_E=_common_row([layout for layout in operands if layout[0] in WIDE_E]),
+        HELD=tile.held,
+        GROUPED=grouped,
+    )
+    return Strides(**strides), call, static
 
 
 def launch(kernel: Any, programs: int, frame: Frame, args: Sequence[Any], static: Static, tile: Tile) -> None:
@@ -202,30 +247,23 @@ def _readable(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _steps(x: Tensor) -> tuple[int, ...]:
-    """Strides over the leading dimensions, 0 where x is broadcast."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True))
+def _steps(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Strides over the leading dimensions, 0 where a tensor is broadcast."""
+    return tuple(0 if size == 1 else step for size, step in zip(shape[:-2], stride[:-2], strict=True))
 
 
-def _common_row(tensors: Sequence[Tensor]) -> int:
+def _common_row(layouts: Sequence[Layout]) -> int:
     """The stride that the rows of all tensors have in common, 0 where they have none (a single row has any)."""
-    rows = {x.stride(-2) for x in tensors if x.shape[-2] > 1}
+    rows = {stride[-2] for _, shape, stride in layouts if shape[-2] > 1}
     return rows.pop() if len(rows) == 1 else 0
 
 
-def _inner(name: str, x: Tensor) -> tuple[int, ...]:
+def _inner(name: str, shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
     """Strides over rows (and columns of a mask)."""
     if name == "seed":
         return ()
-    row = 0 if x.shape[-2] == 1 else x.stride(-2)
-    return (row, 0 if x.shape[-1] == 1 else x.stride(-1)) if name == "mask" else (row,)
-
-
-def _vec(dtype: torch.dtype, tensors: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> int:
-    """Elements in 16 bytes where every row of every tensor starts at a multiple of 16 bytes, else 1."""
-    vec = 16 // dtype.itemsize
-    aligned = all(x.data_ptr() % 16 == 0 and x.dtype.itemsize >= dtype.itemsize for x in tensors)
-    return vec if aligned and not any(s % vec for steps in strides for s in steps) else 1
+    row = 0 if shape[-2] == 1 else stride[-2]
+    return (row, 0 if shape[-1] == 1 else stride[-1]) if name == "mask" else (row,)
 
 
 def _empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

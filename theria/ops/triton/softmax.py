@@ -26,6 +26,22 @@ def product(a, b, acc, S: tl.constexpr):
 
 
 @triton.jit
+def left_operand(x, S: tl.constexpr):
+    """``x``, a left operand of every product of a loop; with S.HELD in the registers of the matrix unit.
+
+    Otherwise it is read from shared memory anew for each product, which is what bounds them at 64 rows a tile, and
+    takes the place of a stage of loads. The compiler holds only what a product has left there, as 0 + x does here.
+    """
+    if x is None:
+        return
+    elif S.HELD:
+        nothing = tl.zeros((x.shape[0], 16), x.dtype)
+        return tl.dot(nothing, tl.zeros((16, x.shape[1]), x.dtype), x.to(tl.float32)).to(x.dtype)
+    else:
+        return x
+
+
+@triton.jit
 def score_product(rows, keys, acc, TRANSPOSED: tl.constexpr, S: tl.constexpr):
     """acc + rows keysᵀ, transposed with TRANSPOSED; ``acc`` where an operand is absent."""
     if rows is None or keys is None:

@@ -71,6 +71,7 @@ class Static:
         PRECISION: what ``tl.dot`` does with float32 operands.
         ROW_D, ROW_E: the stride that all rows of width D, of width E have in common; 0 where there is none. As a
             constant it saves some thirty registers a thread.
+        HELD: left operands that a loop does not change stay in registers.
         GROUPED: sum the cotangents of keys and values over the last leading dimension (grouped queries).
     """
 
@@ -87,6 +88,7 @@ class Static:
     PRECISION: str
     ROW_D: int = 0
     ROW_E: int = 0
+    HELD: bool = False
     GROUPED: bool = False
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     split: bool = False  # cotangents of keys and of values by two launches: fewer accumulators a program
+    held: bool = False  # left operands that a loop does not change stay in registers (half precision)
 
 
 class Key(NamedTuple):
@@ -60,15 +61,15 @@ DEFAULTS = {
         ("half", 128): (64, 32, 4, 1),
         ("half", 256): (32, 16, 4, 1),
         ("float", 16): (64, 32, 4, 1),
-        ("float", 32): (64, 32, 4, 1),
+        ("float", 32): (64, 16, 4, 1),
         ("float", 64): (32, 32, 4, 1),
-        ("float", 128): (32, 16, 8, 1),
+        ("float", 128): (32, 16, 4, 1),
         ("float", 256): (16, 16, 8, 1),
     },
     "second": {
-        ("half", 16): (64, 16, 4, 2),
-        ("half", 32): (64, 16, 4, 2),
-        ("half", 64): (32, 32, 8, 1),
+        ("half", 16): (64, 32, 4, 2),
+        ("half", 32): (64, 32, 4, 2),
+        ("half", 64): (64, 16, 4, 1),
         ("half", 128): (32, 16, 4, 1),
         ("half", 256): (16, 16, 8, 1),
         ("float", 16): (64, 16, 4, 1),
@@ -124,9 +125,9 @@ def lookup(key: Key) -> Tile:
     if key.kernel.removesuffix(VARIANT) in ROWS_ONLY:
         return Tile(max(4096 // key.width, LEAST), LEAST, 4, 1)
     if is_short(key.kernel):
-        area = 1024 if key.kind == "float" else 4096
-        rows = min(max(area // max(key.keys, key.width), LEAST), 64)
-        return Tile(rows, key.keys, 8 if key.keys > 64 or key.width >= 128 else 4, 1)
+        side = max(key.keys, key.width)
+        area = 1024 if key.kind == "float" else 2048 if side > 32 else 4096
+        return Tile(min(max(area // side, LEAST), 64), key.keys, 8 if side > 64 else 4, 1)
     order = "second" if key.kernel.startswith(("hvp", "jvp_jvp")) else "first"
     kept, walked, warps, stages = DEFAULTS[order][key.kind, key.width]
     return Tile(walked, kept, warps, stages) if "dkv" in key.kernel else Tile(kept, walked, warps, stages)

@@ -15,7 +15,7 @@ from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, row_range
 from theria.ops.triton.row_stats import load_stats, row_stats
-from theria.ops.triton.softmax import probabilities, product, scaled_scores, score_product
+from theria.ops.triton.softmax import left_operand, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, coordinates, load, store
 from theria.ops.triton.tiles import select
 
@@ -51,7 +51,7 @@ def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, strides, call, S: tl.const
     q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
     do_tile = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
     pivots, delta = load_stats(stats, head, row, call, S.BLOCK_M, False)
-    rows = (q_tile, do_tile, pivots, delta)
+    rows = (left_operand(q_tile, S), left_operand(do_tile, S), pivots, delta)
     keys = (at(k, strides.k, lead, S.VEC), at(v, strides.v, lead, S.VEC))
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
@@ -112,7 +112,7 @@ def vjp_dkv_kernel(q, k, v, mask, seed, do, dk, dv, stats, strides, call, S: tl.
     lead = coordinates(first, call)
     k_tile = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
     v_tile = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
-    keys = (k_tile, v_tile)
+    keys = (left_operand(k_tile, S), left_operand(v_tile, S))
     rows = (q, do, stats)
     acc_k = tl.zeros((S.BLOCK_N, S.BLOCK_D if DK else 1), tl.float32)
     acc_v = tl.zeros((S.BLOCK_N, S.BLOCK_E if DV else 1), tl.float32)
