@@ -6,6 +6,7 @@ Compiling needs a process of its own, in which Triton's interpreter is off.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,9 +22,9 @@ GROUPS = (
     ("hvp_dq_all", "hvp_dkv_all"),
     ("vjp_short", "second_short", "second_short_all"),
 )
-# Without warp-group products, three-pass float32 keeps two parts of each operand of this width in registers: whatever
-# the tile, second order does not fit into 255 of them. Such a default works and is slow.
-SPILLING_DEFAULTS = ("128, 'float'", "256, 'float'")
+# Nobody measured a default; it works, with some registers in local memory if need be. Three-pass float32 keeps two
+# parts of each operand in registers, and so does the widest short kernel with many: no tile avoids it there.
+SLIGHT_SPILL = 160
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,9 +50,25 @@ def test_every_configuration_compiles(arch: int, group: tuple[str, ...]) -> None
 
 
 def is_expected(line: str) -> bool:
-    """A default of a chip that nobody measured, in which nothing but registers is short."""
-    spills = "spills" in line and ";" not in line
-    return spills and ", 80, " in line and any(name in line for name in SPILLING_DEFAULTS)
+    """A default that lacks nothing but registers."""
+    spill = re.search(r": spills registers \((\d+) bytes of stack\)(; spills[^;]*)*$", line)
+    if " default " not in line or not spill:
+        return False
+    return "'float'" in line or "second_short" in line or int(spill[1]) <= SLIGHT_SPILL
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("BAD default ('jvp', 64, 'half', True, 80, 0) (64, 32, 4, 2): spills registers (8 bytes of stack)", True),
+        ("BAD measured ('jvp', 64, 'half', True, 80, 0) (64, 32, 4, 2): spills registers (8 bytes of stack)", False),
+        ("BAD default ('jvp', 64, 'half', True, 80, 0) (64, 32, 4, 2): spills registers (800 bytes of stack)", False),
+        ("BAD default ('jvp', 64, 'float', True, 80, 0) (64, 32, 4, 2): spills registers (800 bytes of stack)", True),
+        ("BAD default ('jvp', 64, 'half', True, 90, 0) (64, 32, 4, 2): no wgmma", False),
+    ],
+)
+def test_what_is_expected_of_a_default(line: str, expected: bool) -> None:
+    assert is_expected(line) == expected
 
 
 PLANTED = """
