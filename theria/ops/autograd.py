@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
@@ -82,6 +83,13 @@ def _third_order(name: str, spec: AttentionSpec) -> NotImplementedError:
 
 class _Rule(Function):
     """A Function whose ``vmap`` adds one leading dimension to the canonical operands and calls itself."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Outside of ``torch.func`` without what ``Function.apply`` does for default arguments, of which none are."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:  # type: ignore[override]
@@ -327,17 +335,18 @@ class JvpHvp(_Rule):
         ctx.save_for_forward(*tensors, *output[:2])
 
     @staticmethod
-    def backward(ctx: Any, w: Any, _: Any, *cotangents: Any) -> Any:
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        w, _, *of_cotangents = cotangents
         saved, need = ctx.saved_tensors, ctx.needs_input_grad
         ops, (o, lse), t, (to, tau) = Operands(*saved[:5]), saved[5:7], Tangents(*saved[7:11]), saved[17:]
         grads, tangent_grads, guarded, jw = NO_GRADS, NO_GRADS, (None,) * 5, None
         tangent_shapes = _wanted(t, need[7:11])
         if w is not None:
-            wanted = _wanted(ops, need), tangent_shapes
-            grads, tangent_grads = _pull_jvp(ops, o, lse, t, to, tau, w, ctx.spec, *wanted)
-        if _any(cotangents):
-            last = Operands(*saved[12:16], ops.seed)
-            jw, hw = along(last, o, lse, saved[16], Tangents(*cotangents), ctx.spec, tangent_shapes)
+            shapes = _wanted(ops, need)
+            grads, tangent_grads = _pull_jvp(ops, o, lse, t, to, tau, w, ctx.spec, shapes, tangent_shapes)
+        if _any(tuple(of_cotangents)):
+            last = ops._replace(q=saved[12], k=saved[13], v=saved[14], mask=saved[15])
+            jw, hw = along(last, o, lse, saved[16], Tangents(*of_cotangents), ctx.spec, tangent_shapes)
             tangent_grads = tuple(map(_add, tangent_grads, hw))
             guarded = _third_order_zeros(saved[12:17], need[12:17])
         return (*grads, None, None, None, *tangent_grads, jw if need[11] else None, *guarded, None, None)

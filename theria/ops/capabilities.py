@@ -65,13 +65,23 @@ def _needs_triton() -> str | None:
     """What the kernels miss on this machine."""
     if not interpreted() and torch.version.cuda is None:
         return "it needs a CUDA build of PyTorch, and this one has no CUDA"
-    version, needed = triton_version(), ".".join(map(str, MIN_TRITON))
+    if (why := _triton_missing(triton_version())) is not None:
+        return why
+    if not interpreted() and not _cuda_available():
+        return "it needs a CUDA device, and PyTorch finds none"
+    return None
+
+
+_cuda_available = cache(torch.cuda.is_available)
+
+
+@cache
+def _triton_missing(version: str | None) -> str | None:
+    needed = ".".join(map(str, MIN_TRITON))
     if version is None:
         return f"it needs Triton {needed} or later, which is not installed (pip install 'triton>={needed}')"
     if tuple(int(x) for x in version.split(".")[:2]) < MIN_TRITON:
         return f"it needs Triton {needed} or later, and {version} is installed (pip install 'triton>={needed}')"
-    if not interpreted() and not torch.cuda.is_available():
-        return "it needs a CUDA device, and PyTorch finds none"
     return None
 
 

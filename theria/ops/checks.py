@@ -36,6 +36,8 @@ class UnsupportedError(NotImplementedError):
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> None:
     """Raise unless the operands fit each other."""
+    if attn_mask is None and _plainly_fit(query, key, value):
+        return
     operands = {"query": query, "key": key, "value": value}
     check_tensors(operands if attn_mask is None else operands | {"attn_mask": attn_mask})
     check_dtypes(operands)
@@ -48,6 +50,21 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | 
         check_batch(query, key, value)
     if attn_mask is not None:
         check_mask(attn_mask, query, key, value, enable_gqa)
+
+
+def _plainly_fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the operands pass all checks in the plainest way: one batch shape, one dtype, one device."""
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+    return (
+        tensors
+        and query.dtype is key.dtype is value.dtype
+        and query.dtype.is_floating_point
+        and query.device == key.device == value.device
+        and query.ndim == key.ndim == value.ndim >= 3
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[:-2] == key.shape[:-2]
+        and key.shape[:-1] == value.shape[:-1]
+    )
 
 
 def check_tensors(operands: dict[str, Tensor]) -> None:

@@ -181,6 +181,10 @@ class Frame:
         return tensors, *described
 
 
+# One object for equal values: Triton looks a kernel up by it, and compares slowly what is equal and not the same.
+_static = lru_cache(maxsize=4096)(Static)
+
+
 @lru_cache(maxsize=4096)
 def _describe(
     layouts: tuple[Layout, ...],
@@ -194,12 +198,12 @@ def _describe(
 ) -> tuple[Strides, Call, Static]:
     """What :meth:`Frame.describe` says about tensors of these layouts.
 
-    The same object for the same call: Triton looks a kernel up by it. ``vec``: elements in 16 bytes, 1 where an address
+    ``vec``: elements in 16 bytes, 1 where an address
     does not divide by them.
     """
     merged = collapse(lead, tuple(_steps(shape, stride) for _, shape, stride in layouts), grouped)
     assert merged is not None, "outputs have the order of dimensions of an input or are contiguous"
-    leading, walked = merged
+    (_, L1, L2, L3), walked = merged
     strides = {layout[0]: (*steps, *_inner(*layout)) for layout, steps in zip(layouts, walked, strict=True)}
     operands = [layout for layout in layouts if layout[0] not in UNALIGNED]
     if any(s % vec for name, *_ in operands for s in strides[name]):
@@ -207,8 +211,8 @@ def _describe(
     strides |= {name: tuple(s // vec for s in strides[name]) for name, *_ in operands}
     N, M, D, E = sizes
     heads = max(torch.Size(spec.heads).numel(), 1)
-    call = Call(spec.scale, N, M, *leading[1:], heads, threshold(spec.dropout_p), keep_scale(spec.dropout_p))
-    static = Static(
+    call = Call(spec.scale, N, M, L1, L2, L3, heads, threshold(spec.dropout_p), keep_scale(spec.dropout_p))
+    static = _static(
         D=D,
         E=E,
         BLOCK_D=max(power_of_two(D), 16),

@@ -95,13 +95,23 @@ def operator(new: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
         @wraps(rule)
         def call(*args: Any) -> Any:
-            if not traced() and all(plain(x) for x in flatten(args) if isinstance(x, Tensor)):
+            if not traced() and _all_plain(args):
                 return rule(*args)
             return _results(rule.__name__, dispatched(*flatten(args)), args[-1])
 
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def _all_plain(args: Sequence[Any]) -> bool:
+    for x in args:
+        if isinstance(x, Tensor):
+            if not plain(x):
+                return False
+        elif isinstance(x, (Operands, Tangents)) and not all(y is None or plain(y) for y in x):
+            return False
+    return True
 
 
 def _flat(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:

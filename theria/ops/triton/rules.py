@@ -5,7 +5,8 @@ A call without a single score (no batch, no row or no key) and a zero direction 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from theria.ops.triton.library import operator
 Cotangents = tuple[Tensor | None, ...]
 
 
-class Sizes(NamedTuple):
+@dataclass(slots=True)
+class Sizes:
     """What the choice between kernels for short and for long sequences depends on."""
 
     N: int
