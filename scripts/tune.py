@@ -38,24 +38,18 @@ from theria.testing.machine import machine
 
 TABLE_FILE = Path(tile_table.__file__)
 WIDTHS = (64, 128, 32, 16, 256)
-# Sides of the outer block, which a program keeps, and of the inner one, which it walks over; warps.
+# Sides of the outer block, which a program keeps, and of the inner one, which it walks over; warps
+# and stages. What never came near the best on an H200 is not here.
 BLOCKS = {
-    ("half", 64): [
-        *((64, 64, 4), (128, 64, 8), (64, 32, 4), (128, 32, 8), (128, 64, 4), (64, 128, 4), (128, 128, 8)),
-        *((64, 64, 8), (128, 32, 4)),
-    ],
-    ("half", 128): [
-        *((64, 64, 4), (128, 64, 8), (64, 32, 4), (128, 32, 8), (64, 64, 8), (128, 128, 8), (128, 32, 4)),
-        *((64, 16, 4), (128, 16, 8)),
-    ],
-    ("half", 256): [(64, 32, 4), (64, 32, 8), (128, 32, 8), (64, 64, 8), (64, 16, 4), (128, 16, 8), (128, 64, 8)],
-    ("float", 64): [
-        *((64, 64, 4), (64, 32, 4), (64, 16, 4), (128, 32, 8), (128, 64, 8), (32, 32, 4), (64, 64, 8), (128, 16, 8)),
-    ],
-    ("float", 128): [(64, 32, 4), (64, 16, 4), (128, 16, 8), (128, 32, 8), (32, 32, 4), (32, 16, 4), (64, 32, 8)],
-    ("float", 256): [(64, 16, 8), (64, 16, 4), (32, 16, 4), (16, 16, 4), (32, 32, 8), (32, 16, 8), (64, 32, 8)],
+    ("half", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 32, 4, 3)],
+    ("half", 128): [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 4), (128, 128, 8, 2)],
+    ("half", 256): [(64, 32, 4, 1), (64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1), (64, 16, 4, 2), (128, 16, 8, 2)],
+    ("float", 64): [(64, 64, 4, 1), (64, 32, 4, 2), (64, 16, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (64, 64, 8, 1)],
+    ("float", 128): [(64, 32, 4, 1), (64, 16, 4, 2), (128, 16, 8, 2), (128, 32, 8, 1), (32, 32, 4, 1), (64, 32, 8, 1)],
+    ("float", 256): [(64, 16, 8, 1), (64, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1), (32, 32, 8, 1), (32, 16, 8, 2)],
 }
-STAGES = {("half", 64): (2, 3), ("half", 128): (1, 2, 3), ("half", 256): (1, 2)}
+HELD = 128  # largest width at which left operands fit into registers
+SPLIT = 128  # least width at which two launches for the cotangents of keys and values may pay
 # Rows of all heads of a program, by its keys.
 SHORT_ROWS = {16: (16, 32, 64, 128), 32: (32, 64, 128), 64: (16, 32, 64), 128: (16, 32, 64, 128)}
 ROW_SUM_BLOCKS = [(16, 16, 4), (32, 16, 4), (64, 16, 4), (128, 16, 4), (128, 16, 8), (32, 16, 2), (16, 16, 1)]
@@ -74,11 +68,13 @@ def candidates(key: Key) -> list[Tile]:
         side = [Tile(rows, key.keys, warps, 1) for rows, warps in product(SHORT_ROWS[key.keys], (1, 2, 4, 8))]
         least = 64 if key.kind == "float" or key.width >= 128 else 256
         return [tile for tile in side if least <= tile.rows * tile.keys // tile.warps <= 2048]
-    width = (key.kind, max(key.width, 64))
-    tiles = [Tile(o, i, w, stages) for o, i, w in BLOCKS[width] for stages in STAGES.get(width, (1, 2))]
+    tiles = [Tile(*block) for block in BLOCKS[key.kind, max(key.width, 64)]]
     if "dkv" in key.kernel:
         tiles = [tile._replace(rows=tile.keys, keys=tile.rows) for tile in tiles]
-        tiles += [tile._replace(split=True) for tile in tiles]
+        if key.width >= SPLIT:
+            tiles += [tile._replace(split=True) for tile in tiles]
+    if key.kind == "half" and key.width <= HELD and not key.kernel.startswith("jvp_jvp"):
+        tiles += [tile._replace(held=True) for tile in tiles]
     return tiles
 
 
