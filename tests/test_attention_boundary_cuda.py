@@ -25,7 +25,12 @@ def test_composition_equals_the_reference_on_the_cpu(composition: str, backend: 
         assert difference([x.cpu() for x in results], compose(truth, sample)) <= CUSTOM_F64, sample.name
 
 
-@backends
+def test_auto_runs_on_the_kernels_where_they_can() -> None:
+    x = make_sample((2, 4), 130, 130, 64, 64).to(torch.bfloat16, "cuda").x
+    assert sdpa(*x).equal(sdpa(*x, backend="triton"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "custom", "triton", "auto"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_as_accurate_as_plain_pytorch(backend: str, dtype: torch.dtype) -> None:
     for causal in (False, True):

@@ -63,11 +63,12 @@ def _nothing() -> str | None:
 
 def _needs_triton() -> str | None:
     """What the kernels miss on this machine."""
-    if not interpreted() and torch.version.cuda is None:
+    compiled = not interpreted()
+    if compiled and torch.version.cuda is None:
         return "it needs a CUDA build of PyTorch, and this one has no CUDA"
     if (why := _triton_missing(triton_version())) is not None:
         return why
-    if not interpreted() and not _cuda_available():
+    if compiled and not _cuda_available():
         return "it needs a CUDA device, and PyTorch finds none"
     return None
 

@@ -115,7 +115,7 @@ def sdpa_forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> t
 
     Returns:
         ``out`` (..., N, E) and ``lse`` (..., N), the logarithm of each row's sum of exponentials (−inf for a row that
-        sees no key), float32 for half precision with "custom".
+        sees no key), float32 for half precision with "custom" and "triton".
     """
     call = ExplicitCall(query, key, value, options)
     o, lse = call.rules.forward(call.ops, call.spec)

@@ -115,7 +115,7 @@ def sdpa(
         key: (..., M, D).
         value: (..., M, E).
         attn_mask: broadcastable to (..., N, M). Boolean (True attends) or added to the scores (dtype of ``query`` or
-            float32; its gradient is exact to second order too).
+            float32; its gradient is exact to second order too, on the backends that give it: not "triton").
         dropout_p: probability with which an entry of the attention weights is dropped. As in PyTorch it always
             applies: pass 0.0 in evaluation.
         is_causal: row n attends to the keys m ≤ n (top-left alignment); combines with ``attn_mask``.

@@ -93,7 +93,7 @@ def test_the_fake_gives_the_shapes_dtypes_and_strides_of_the_rule(case: Callable
                 assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype), name
 
 
-@pytest.mark.parametrize("case", [projections, groups] if DEVICE == "cpu" else CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", [groups] if DEVICE == "cpu" else CASES[:3], ids=lambda case: case.__name__)
 def test_opcheck(case: Callable[[], Iterator[Call]]) -> None:
     for name, args in case():
         checks = torch.library.opcheck(getattr(torch.ops.theria, f"sdpa_{name}").default, tuple(library.flatten(args)))
