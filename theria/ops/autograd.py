@@ -59,7 +59,7 @@ def autocasts(device: str) -> bool:
 def _call(name: str, spec: AttentionSpec, *args: Any) -> Any:
     """Run a rule. Its dtypes are its own business: autocast must not reach into it."""
     rule = getattr(rules(spec.backend), name, _jvp_then_hvp)
-    device = next(x.device.type for x in args[0] if x is not None)
+    device = args[0].q.device.type
     if autocasts(device):
         with torch.autocast(device, enabled=False):
             return rule(*args)

@@ -74,4 +74,4 @@ def traced() -> bool:
 def plain(x: Tensor) -> bool:
     """Whether a tensor that has left ``torch.func`` has memory of its own: no subclass, not mapped by
     ``is_grads_batched``."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not is_legacy_batchedtensor(x)
+    return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not is_legacy_batchedtensor(x)

@@ -161,16 +161,16 @@ class Frame:
     ) -> tuple[list[Tensor | None], Strides, Call, Static]:
         """The named tensors (None where absent), their strides, the numbers of the call, what to compile for."""
         tensors = [self.tensors.get(name) for name in names]
-        present = [(name, x) for name, x in zip(names, tensors, strict=True) if x is not None]
-        layouts = tuple((name, x.shape, x.stride()) for name, x in present)
-        size = self.dtype.itemsize
-        aligned = all(
-            x.data_ptr() % 16 == 0 and x.dtype.itemsize >= size for name, x in present if name not in UNALIGNED
-        )
+        layouts, aligned, size = [], True, self.dtype.itemsize
+        for name, x in zip(names, tensors, strict=True):
+            if x is not None:
+                layouts.append((name, x.shape, x.stride()))
+                if x.data_ptr() % 16 or (x.dtype is not self.dtype and x.dtype.itemsize < size):
+                    aligned = aligned and name in UNALIGNED
         sizes = self.N, self.M, self.D, self.E
         described = _describe(
-            layouts,
-            tuple(self.lead),
+            tuple(layouts),
+            self.lead,
             sizes,
             16 // size if aligned else 1,
             precision(self.dtype),
@@ -188,7 +188,7 @@ _static = lru_cache(maxsize=4096)(Static)
 @lru_cache(maxsize=4096)
 def _describe(
     layouts: tuple[Layout, ...],
-    lead: tuple[int, ...],
+    lead: torch.Size,
     sizes: tuple[int, int, int, int],
     vec: int,
     precision: str,
@@ -201,7 +201,7 @@ def _describe(
     ``vec``: elements in 16 bytes, 1 where an address
     does not divide by them.
     """
-    merged = collapse(lead, tuple(_steps(shape, stride) for _, shape, stride in layouts), grouped)
+    merged = collapse(tuple(lead), tuple(_steps(shape, stride) for _, shape, stride in layouts), grouped)
     assert merged is not None, "outputs have the order of dimensions of an input or are contiguous"
     (_, L1, L2, L3), walked = merged
     strides = {layout[0]: (*steps, *_inner(*layout)) for layout, steps in zip(layouts, walked, strict=True)}

@@ -106,10 +106,10 @@ def operator(new: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 def _all_plain(args: Sequence[Any]) -> bool:
     for x in args:
-        if isinstance(x, Tensor):
-            if not plain(x):
+        if isinstance(x, (Operands, Tangents)):
+            if not all([y is None or plain(y) for y in x]):  # noqa: C419 - a list is faster than a generator
                 return False
-        elif isinstance(x, (Operands, Tangents)) and not all(y is None or plain(y) for y in x):
+        elif isinstance(x, Tensor) and not plain(x):
             return False
     return True
 
