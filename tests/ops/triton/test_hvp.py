@@ -128,7 +128,7 @@ def test_the_only_key_that_a_row_sees_moves_values_only(shape, causal):
     c = case(*random_call(*shape, is_causal=causal))
     tdq, tdk, tdv, _ = run(c)
     assert error(tdv, truth_of(c)[2]) <= TOLERANCE[tdv.dtype]
-    assert max(tdq.abs().max(), tdk.abs().max()) <= TOLERANCE[tdv.dtype] * 10 * tdv.abs().max()
+    assert max(tdq.abs().max(), tdk.abs().max()) <= TOLERANCE[tdv.dtype] * tdv.abs().max()
 
 
 @pytest.mark.parametrize(("N", "M", "causal"), [(37, 45, False), (40, 40, True), (19, 50, True), (50, 19, True)])
@@ -283,13 +283,14 @@ def test_sums_over_leading_dimensions_are_rounded_once():
     check(case(*call(make(4, 5, 4, **half), make(1, 7, 4, **half), make(1, 7, 3, **half))))
 
 
-@pytest.mark.parametrize("present", [(True, False, False), (False, True, False), (False, False, True)])
-def test_several_directions_at_one_point(present):
-    """As ``vmap`` over tangents alone gives them: operands and their residuals are broadcast."""
-    c = case(*random_call(5, 7, 4, 3, lead=(1,)), (False, False, False, False))
-    t = Tangents(*(make(3, *x.shape[1:]) if given else None for x, given in zip(c.ops[:3], present, strict=True)))
+@pytest.mark.parametrize("moved", range(4))
+def test_several_directions_at_one_point(moved):
+    """As ``vmap`` over one of tq, tk, tv, tdo alone gives them: operands and their residuals are broadcast."""
+    c = case(*random_call(5, 7, 4, 3, lead=(1,)))
+    directions = [*c.t[:3], c.tdo]
+    directions = [make(3, *x.shape[1:]) if i == moved else x for i, x in enumerate(directions) if x is not None]
     shapes = (*(torch.Size((3, *x.shape[1:])) for x in c.ops[:3]), None)
-    check(c._replace(t=t, shapes=shapes))
+    check(c._replace(t=Tangents(*directions[:3]), tdo=directions[3], shapes=shapes))
 
 
 def test_strided_inputs_are_read_in_place(monkeypatch):
@@ -341,7 +342,9 @@ def test_half_precision_is_no_worse_than_plain_pytorch():
     c = case(*random_call(60, 130, 32, 32, dtype=torch.float16))
 
     def vjp(q, k, v, do):
-        return torch.func.vjp(lambda *x: reference.forward(Operands(*x, None, None), c.spec)[0], q, k, v)[1](do)
+        return torch.func.vjp(lambda q, k, v: reference.forward(c.ops._replace(q=q, k=k, v=v), c.spec)[0], q, k, v)[1](
+            do
+        )
 
     plain = torch.func.jvp(vjp, (*c.ops[:3], c.do), (*c.t[:3], c.tdo))[1]
     for x, x16, x64 in zip(run(c)[:3], plain, truth_of(c)[:3], strict=True):
@@ -366,7 +369,7 @@ def test_it_is_symmetric():
     b = a._replace(t=Tangents(*(make(*x.shape) for x in a.ops[:3])))
     sides = []
     for x, y in ((a, b), (b, a)):
-        parts = [(u.double() * w.double()).sum() for u, w in zip(x.t[:3], run(y)[:3], strict=True)]
+        parts = [(u.double() * w.double()).sum() for u, w in zip(x.t[:3], run(y)[:3], strict=True) if u is not None]
         sides.append((sum(parts), sum(abs(part) for part in parts)))
     (left, size), (right, _) = sides
     assert abs(left - right) <= TOLERANCE[torch.float32] * size
@@ -387,7 +390,8 @@ def test_how_a_tile_is_computed_changes_no_bit(dtype, flag):
         with tiled(Tile(32, 16, 1, 1)._replace(**{flag: value})):
             results.append(run(c)[:3])
     for x, y in zip(*results, strict=True):
-        assert torch.equal(x, y)
+        # on a device another program may order its additions differently
+        assert torch.equal(x, y) if DEVICE == "cpu" else error(x, y.double()) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -209,7 +209,9 @@ def test_what_fits():
     def fits(N, M, D, E, dtype=torch.float16):
         return short.fits(Frame(Operands(make(1, N, D), make(1, M, D), make(1, M, E), None, None), SPEC), dtype)
 
-    assert fits(1000, 128, 128, 128)
+    assert fits(256, 128, 64, 64)
+    assert not fits(257, 128, 64, 64)  # one program per head would walk over all rows
+    assert not fits(128, 128, 128, 128)
     assert not fits(10, 129, 16, 16)
     assert not fits(10, 10, 129, 16)
     assert not fits(10, 10, 16, 129)

@@ -108,7 +108,8 @@ def _empty(ops: Operands) -> bool:
 
 def _short(ops: Operands) -> bool:
     """Whether one program can hold all keys of a head."""
-    return short.fits(Sizes(ops.q.shape[-2], ops.k.shape[-2], ops.q.shape[-1], ops.v.shape[-1]), ops.q.dtype)
+    sizes = Sizes(ops.q.shape[-2], ops.k.shape[-2], ops.q.shape[-1], ops.v.shape[-1])
+    return short.fits(sizes, ops.q.dtype, ops.q.device)
 
 
 def _still(t: Tangents) -> bool:

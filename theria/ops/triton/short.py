@@ -7,6 +7,7 @@ hvp: 12 products for a double backward instead of 20, and every tensor is read o
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,9 @@ from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.short_kernels import second_short_kernel, vjp_short_kernel
 from theria.ops.triton.tiles import Tile, kind, power_of_two, select
 
-KEYS, WIDTH = 128, 128  # the most keys and the widest head that a program holds in half precision
-FLOAT_AREA = 64 * 32  # and the most of keys times width in float32
+ROWS, KEYS, WIDTH = 256, 128, 128  # the most rows and keys and the widest head of a program
+AREA = {"half": 64 * 128, "float": 64 * 32}  # and the most of keys times width, half of it where memory is small:
+SHARED = 160 * 1024  # bytes of shared memory a program that the tiles were chosen for (compute capability 8.0, 9.0)
 PACKED = 32  # the most rows or keys of a head that shares a program,
 PACKED_AREA = {"half": 1024, "float": 256}  # and the most of them times width: a warp holds a head
 VJP_NAMES = ("q", "k", "v", "mask", "seed", "do", "dq", "dk", "dv")
@@ -34,11 +36,20 @@ class _Sizes(Protocol):
     E: int
 
 
-def fits(sizes: _Sizes, dtype: torch.dtype = torch.float32) -> bool:
+@lru_cache
+def _area(kind: str, device: torch.device) -> int:
+    """The most of keys times width on a device; the interpreter has room for all."""
+    if device.type != "cuda":
+        return AREA[kind]
+    small = torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED
+    return AREA[kind] // 2 if small else AREA[kind]
+
+
+def fits(sizes: _Sizes, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> bool:
     """Whether the short kernels take a call: whether one program holds the keys of a head and what belongs to them."""
     keys, width = power_of_two(sizes.M), power_of_two(max(sizes.D, sizes.E))
-    area = FLOAT_AREA if kind(dtype) == "float" else KEYS * WIDTH
-    return sizes.M > 0 and keys <= KEYS and width <= WIDTH and keys * width <= area
+    within = sizes.N <= ROWS and 0 < sizes.M and keys <= KEYS and width <= WIDTH
+    return within and keys * width <= _area(kind(dtype), torch.device(device))
 
 
 def heads_of(tile: Tile, frame: Frame, grouped: bool) -> int:
