@@ -28,6 +28,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 THREE_WAY = 1.0
 # Scores up to s are rounded to s·2⁻²⁴, and with them P.
 ROUNDING = 2.0**-24
+LOW = 300.0
 ALL = (True, True, True)
 # Every row sees more than one key; see test_the_only_key_that_a_row_sees_moves_values_only.
 MOVING = [(s, causal) for s in SHAPES for causal in (False, True) if s[1] > 1 and not (causal and s[0] == 1)]
@@ -224,6 +225,13 @@ def test_large_scores():
     size = size_of_scores(ops, spec)
     assert size > 500
     check(case(ops, spec), tolerance=4 * size * ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_past_the_end_have_no_weight_beside_low_scores(dtype):
+    """Their score of 0 would be exp(LOW) = ∞ times the others, and ∞·0 is NaN."""
+    mask = torch.full((1, 1, 1), -LOW, device=DEVICE)
+    check(case(*random_call(5, 7, 8, 8, dtype=dtype, mask=mask)), tolerance=4 * LOW * ROUNDING)
 
 
 def test_dropout_is_that_of_custom():

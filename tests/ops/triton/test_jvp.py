@@ -22,6 +22,7 @@ TOLERANCE_TAU = 2e-6
 THREE_WAY = 1.0
 # Scores up to s are rounded to s·2⁻²⁴, and with them P.
 ROUNDING = 2.0**-24
+LOW = 300.0
 ALL = (True, True, True)
 SUBSETS = list(itertools.product((False, True), repeat=3))
 SMALL = [Tile(16, 16, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1, held=True)]
@@ -146,6 +147,13 @@ def test_large_scores():
     size = size_of_scores(ops, spec)
     assert size > 500
     check(ops, spec, tolerance=4 * size * ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_past_the_end_have_no_weight_beside_low_scores(dtype):
+    """Their score of 0 would be exp(LOW) = ∞ times the others, and ∞·0 is NaN."""
+    mask = torch.full((1, 1, 1), -LOW, device=DEVICE)
+    check(*random_call(5, 7, 8, 8, dtype=dtype, mask=mask), tolerance=4 * LOW * ROUNDING)
 
 
 def test_dropout_is_that_of_custom():
