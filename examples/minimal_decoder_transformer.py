@@ -1,6 +1,6 @@
 """A small decoder-only transformer that classifies token sequences, its attention computed by theria.
 
-    python examples/minimal_decoder_transformer.py                                        # fused kernels, needs CUDA
+    python examples/minimal_decoder_transformer.py                                # the fused kernels, on a GPU
     python examples/minimal_decoder_transformer.py --backend reference --device cpu --steps 5
 
 Pre-norm blocks, causal attention; the last token, the only one that sees the whole sequence, is classified. Weights
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from theria.attention.custom import sdpa_custom
+from theria.ops.capabilities import interpreted
 
 FUSED = ("triton_full_fused", "triton")
 BACKENDS = (*FUSED, "custom", "reference")
@@ -171,9 +172,10 @@ def check_limits(options: argparse.Namespace) -> torch.device:
             f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices that torch "
             f"{torch.__version__} can use. Run on the CPU with --backend reference --device cpu."
         )
-    if fused and device.type != "cuda":
+    if fused and device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         raise LimitError(
-            f"--backend {options.backend} runs on CUDA, not on {device.type}. Use --backend reference --device cpu."
+            f"--backend {options.backend} runs on CUDA, not on {device.type}. Use --backend reference --device cpu. "
+            "(TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests.)"
         )
     return device
 

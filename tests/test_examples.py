@@ -63,6 +63,24 @@ def test_backends_give_the_same_losses(reference: list[float]) -> None:
     assert losses(*CPU, "custom", "--steps", "5") == pytest.approx(reference, abs=1e-4)
 
 
+def test_the_kernels_give_the_same_losses_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("this machine compiles the kernels: the test below")
+    sizes = ("--n_layers", "1", "--seq_len", "16", "--batch_size", "2", "--steps", "10", "--seed", "42")
+    expected = losses(*CPU, "reference", *sizes)
+    assert losses(*CPU, "triton_full_fused", *sizes) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_default_and_the_reference_give_the_same_losses_on_a_gpu() -> None:
+    commands = ((), ("--backend", "triton"), ("--backend", "custom"), ("--backend", "reference"))
+    found = [losses(*command, "--steps", "10", "--seed", "42") for command in commands]
+    assert found[1] == found[0]  # two names of one backend, bitwise repeatable
+    assert found[0] == pytest.approx(found[3], abs=1e-3)
+    assert found[2] == pytest.approx(found[3], abs=1e-3)
+
+
 def test_the_seed_decides_weights_and_data(reference: list[float]) -> None:
     assert losses(*CPU, "reference", "--steps", "1") == reference[:1]
     assert losses(*CPU, "reference", "--steps", "1", "--seed", "1") != reference[:1]
@@ -115,17 +133,18 @@ def test_without_cuda_the_default_says_what_to_do() -> None:
         (("--device", "cpu"), "--backend triton_full_fused runs on CUDA, not on cpu."),
     ],
 )
-def test_limits_are_named(arguments: tuple[str, ...], message: str) -> None:
+def test_limits_are_named(arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     status, out, err = run(DECODER, *arguments)
     assert status == 1
     assert message in err
     assert out == ""
 
 
-@pytest.mark.skipif(CAPABILITIES["triton"].missing() is None, reason="the fused kernels are here")
-def test_with_a_device_but_without_kernels_the_operators_message_is_shown(
+def test_what_the_example_does_not_check_the_operator_refuses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     decoder = load(DECODER)
     monkeypatch.setattr(decoder, "check_limits", lambda options: torch.device("cpu"))
     assert decoder.main([]) == 1

@@ -15,9 +15,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SHELL_SCRIPTS = ("scripts/train.sh", "scripts/test.sh", "scripts/lib/environment.sh", ".ci/run")
+SHELL_SCRIPTS = (
+    "scripts/train.sh",
+    "scripts/test.sh",
+    "scripts/gpu_check.sh",
+    "scripts/lib/environment.sh",
+    ".ci/run",
+)
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the commands are bash scripts")
 
 
@@ -59,6 +66,36 @@ def test_continuous_integration_calls_the_test_command_and_nothing_else() -> Non
     lines = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
     assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec bash scripts/test.sh"]
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def gpu_check(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "scripts/gpu_check.sh"), *arguments]
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+
+
+def test_gpu_check_wants_a_folder() -> None:
+    result = gpu_check()
+    assert result.returncode == 2
+    assert "gpu_check.sh OUTDIR" in result.stderr
+
+
+def test_gpu_check_says_what_is_missing_before_it_starts(tmp_path: Path) -> None:
+    absent = gpu_check(str(tmp_path / "out"), THERIA_PYTHON="/nowhere/python")
+    assert absent.returncode == 1
+    assert "/nowhere/python is missing" in absent.stderr
+    bare = write_program(tmp_path / "python", f'exec "{sys.executable}" -S -E "$@"')  # no site-packages
+    result = gpu_check(str(tmp_path / "out"), THERIA_PYTHON=str(bare), PYTHONPATH="")
+    assert result.returncode == 1
+    assert "lacks torch, triton, pytest, hypothesis" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_gpu_check_wants_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    result = gpu_check(str(tmp_path / "out"), THERIA_PYTHON=sys.executable)
+    assert result.returncode == 1
+    assert "sees no CUDA device" in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def find_python(checkout: Path, tools: Path, **variables: str) -> subprocess.CompletedProcess[str]:
