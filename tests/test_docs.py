@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import build, store
 from theria import cli
@@ -110,6 +111,28 @@ def installs(*extras: str) -> Check:
     return check
 
 
+def on_a_gpu(path: str, *arguments: str) -> Check:
+    """A Python program that needs a GPU: it ends well on one; elsewhere it says so and ends with an error."""
+
+    def check(_: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, path, *arguments]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if torch.cuda.is_available():
+            assert result.returncode == 0, result.stderr
+        else:
+            assert result.returncode == 1
+            assert "CUDA device" in result.stderr.splitlines()[-1]
+            assert "Traceback" not in result.stderr
+
+    return check
+
+
+def measures_on_a_gpu(path: str, *arguments: str) -> Check:
+    """The same for what takes minutes on a GPU: there its file exists."""
+    return names(path) if torch.cuda.is_available() else on_a_gpu(path, *arguments)
+
+
 def names(path: str) -> Check:
     def check(_: Path) -> None:
         assert (ROOT / path).is_file()
@@ -139,6 +162,27 @@ HOW: dict[str, Check] = {
     "python scripts/bench_meta.py --threads 2 --out docs/benchmarks/outer_gradient_cpu.json": names(
         "scripts/bench_meta.py"
     ),
+    # the GPU: scripts/gpu_check.sh has its tests in tests/test_scripts.py
+    "bash scripts/gpu_check.sh results": names("scripts/gpu_check.sh"),
+    **{
+        f"python {path} {rest}": measures_on_a_gpu(path, *rest.split())
+        for path, rest in (
+            ("scripts/bench.py", "--gpu --out results"),
+            ("scripts/bench.py", "--gpu --out results --sections short --candidates theria"),
+            ("scripts/tune.py", "--out results --minutes 8 --write"),
+            ("scripts/tune.py", "--out results --kernels hvp_dkv --widths 128 --kinds half"),
+        )
+    },
+    # tests/ops/triton/test_compile.py runs it on every kernel
+    "python -m theria.testing.compile 90 jvp hvp_dkv": names("theria/testing/compile.py"),
+    "bash scripts/test.sh tests/ops/triton": runs_test_command("tests/ops/triton"),
+    f"python {DECODER}": on_a_gpu(DECODER),
+    **{
+        f"python {DECODER} --backend {backend} --steps 10 --seed 42": on_a_gpu(
+            DECODER, "--backend", backend, "--steps", "10", "--seed", "42"
+        )
+        for backend in ("triton_full_fused", "reference")
+    },
     "bash scripts/test.sh": names("scripts/test.sh"),  # this test is a part of it; its steps: tests/test_scripts.py
     "bash scripts/test.sh tests/ops -k causal": runs_test_command("tests/ops", "-k", "causal"),
     "pip install -e .": installs(),
