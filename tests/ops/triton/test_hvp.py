@@ -180,7 +180,7 @@ def test_what_is_not_wanted_is_not_computed(wanted, split, monkeypatch):
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks(kind):
-    check(case(*random_call(9, 70, 8, 8, lead=(2, 2), mask=masks(9, 70)[kind])))
+    check(case(*random_call(9, 21, 8, 8, lead=(2, 2), mask=masks(9, 21)[kind])))
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive, keys"])

@@ -70,10 +70,9 @@ def test_it_is_the_closed_formula(shape, causal, dtype):
     check(*random_call(*shape, dtype=dtype, is_causal=causal))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("tile", SMALL)
-def test_several_tiles(tile, causal, dtype):
+@pytest.mark.parametrize(("tile", "dtype"), zip(SMALL, (torch.float32, torch.float32, torch.float16), strict=True))
+def test_several_tiles(tile, dtype, causal):
     """The diagonal and both tails cross tiles; as many rows as keys, fewer, and more."""
     with override("jvp", tile):
         for N, M in ((40, 40), (19, 50)) if causal else ((37, 45),):
@@ -104,13 +103,13 @@ def test_a_direction_of_zeros_gives_zero(present):
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks(kind):
-    check(*random_call(9, 70, 8, 8, lead=(2, 2), mask=masks(9, 70)[kind]))
+    check(*random_call(9, 21, 8, 8, lead=(2, 2), mask=masks(9, 21)[kind]))
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive, keys"])
 def test_masks_with_causality(kind):
     with override("jvp", SMALL[1]):
-        check(*random_call(37, 21, 8, 8, lead=(2, 2), mask=masks(37, 21)[kind], is_causal=True))
+        check(*random_call(37, 21, 8, 8, lead=(1, 2), mask=masks(37, 21)[kind][:1], is_causal=True))
 
 
 def test_a_mask_may_be_more_precise_than_the_operands():
