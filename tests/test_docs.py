@@ -163,14 +163,14 @@ HOW: dict[str, Check] = {
         "scripts/bench_meta.py"
     ),
     # the GPU: scripts/gpu_check.sh has its tests in tests/test_scripts.py
-    "bash scripts/gpu_check.sh results": names("scripts/gpu_check.sh"),
+    "bash scripts/gpu_check.sh outputs/gpu": names("scripts/gpu_check.sh"),
     **{
         f"python {path} {rest}": measures_on_a_gpu(path, *rest.split())
         for path, rest in (
-            ("scripts/bench.py", "--gpu --out results"),
-            ("scripts/bench.py", "--gpu --out results --sections short --candidates theria"),
-            ("scripts/tune.py", "--out results --minutes 8 --write"),
-            ("scripts/tune.py", "--out results --kernels hvp_dkv --widths 128 --kinds half"),
+            ("scripts/bench.py", "--gpu --out outputs/gpu"),
+            ("scripts/bench.py", "--gpu --out outputs/gpu --sections short --candidates theria"),
+            ("scripts/tune.py", "--out outputs/gpu --minutes 8 --write"),
+            ("scripts/tune.py", "--out outputs/gpu --kernels hvp_dkv --widths 128 --kinds half"),
         )
     },
     # tests/ops/triton/test_compile.py runs it on every kernel
