@@ -71,7 +71,9 @@ def test_it_is_the_closed_formula(shape, causal, dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("tile", "dtype"), zip(SMALL, (torch.float32, torch.float32, torch.float16), strict=True))
+@pytest.mark.parametrize(
+    ("tile", "dtype"), list(zip(SMALL, (torch.float32, torch.float32, torch.float16), strict=True))
+)
 def test_several_tiles(tile, dtype, causal):
     """The diagonal and both tails cross tiles; as many rows as keys, fewer, and more."""
     with override("jvp", tile):
