@@ -330,8 +330,9 @@ def test_cotangents_and_tangents_without_strides():
     check(c._replace(do=one.expand(2, 20, 8), tdo=one.expand(2, 20, 8), t=t))
 
 
-def test_nothing_is_written_outside(monkeypatch):
-    """What the kernels write lies between guards of NaN."""
+@pytest.mark.parametrize("shape", [(17, 21, 8, 5), (32, 16, 8, 5)])
+def test_nothing_is_written_outside(shape, monkeypatch):
+    """What the kernels write lies between guards of NaN; also where whole tiles are wider than the operands."""
     buffers, empty = [], torch.empty
 
     def guarded(*size, **options):
@@ -339,7 +340,7 @@ def test_nothing_is_written_outside(monkeypatch):
         buffers.append(x.new_full((x.numel() + 2 * GUARD,), float("nan")))
         return buffers[-1][GUARD:-GUARD].view(x.shape)
 
-    c = case(*random_call(17, 21, 8, 5))
+    c = case(*random_call(*shape))
     o, lse, to, tau = (x.float() for x in residuals(c))
     monkeypatch.setattr(torch, "empty", guarded)
     hvp(c.ops, o, lse, c.do, c.t, c.tdo, to, tau, c.spec, c.shapes)

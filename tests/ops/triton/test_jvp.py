@@ -224,8 +224,9 @@ def test_a_tangent_without_strides():
     check(ops, spec, Tangents(one.expand(2, 20, 8), one.expand(2, 21, 8), one.expand(2, 21, 8)))
 
 
-def test_nothing_is_written_outside(monkeypatch):
-    """What the kernel writes lies between guards of NaN."""
+@pytest.mark.parametrize("shape", [(17, 21, 8, 5), (32, 16, 8, 5)])
+def test_nothing_is_written_outside(shape, monkeypatch):
+    """What the kernel writes lies between guards of NaN; also where whole tiles are wider than the operands."""
     buffers, empty = [], torch.empty
 
     def guarded(*size, **options):
@@ -233,7 +234,7 @@ def test_nothing_is_written_outside(monkeypatch):
         buffers.append(x.new_full((x.numel() + 2 * GUARD,), float("nan")))
         return buffers[-1][GUARD:-GUARD].view(x.shape)
 
-    ops, spec = random_call(17, 21, 8, 5)
+    ops, spec = random_call(*shape)
     o, lse = reference.forward(ops, spec)
     t = direction(ops)
     monkeypatch.setattr(torch, "empty", guarded)
