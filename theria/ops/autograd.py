@@ -34,6 +34,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
@@ -90,6 +91,13 @@ class _Rule(Function):
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """:meth:`apply`, or its forward alone where nothing can be differentiated: inside most backward passes."""
+        if torch.is_grad_enabled() or fwad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        return cls.forward(*args)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:  # type: ignore[override]
@@ -388,17 +396,17 @@ class JvpJvp(_Rule):
 
 def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o, lse; see :func:`theria.ops.reference.forward`."""
-    return Forward.apply(*ops, spec)  # type: ignore[return-value]
+    return Forward.run(*ops, spec)  # type: ignore[return-value]
 
 
 def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes) -> Any:
     """dq, dk, dv, dmask; see :func:`theria.ops.reference.vjp`."""
-    return Vjp.apply(*ops, o, lse, do, spec, _Shapes(shapes))
+    return Vjp.run(*ops, o, lse, do, spec, _Shapes(shapes))
 
 
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> Any:
     """to, tau; see :func:`theria.ops.reference.jvp`."""
-    return Jvp.apply(*ops, o, lse, *t, spec)
+    return Jvp.run(*ops, o, lse, *t, spec)
 
 
 def hvp(
@@ -415,11 +423,11 @@ def hvp(
 ) -> Any:
     """tdq, tdk, tdv, tdmask; see :func:`theria.ops.reference.hvp`."""
     *operands, guarded = _guarded(ops, do, spec)
-    return Hvp.apply(*operands, ops.seed, o, lse, guarded, *t, tdo, to, tau, spec, _Shapes(shapes))
+    return Hvp.run(*operands, ops.seed, o, lse, guarded, *t, tdo, to, tau, spec, _Shapes(shapes))
 
 
 def _guarded(ops: Operands, do: Tensor, spec: AttentionSpec) -> Any:
-    return (None if x is None else ThirdOrder.apply(x, spec) for x in (*ops[:4], do))
+    return (None if x is None else ThirdOrder.run(x, spec) for x in (*ops[:4], do))
 
 
 def jvp_hvp(
@@ -433,7 +441,7 @@ def jvp_hvp(
     shapes: Shapes,
 ) -> Any:
     """to, tau, tdq, tdk, tdv, tdmask: :func:`jvp` and then :func:`hvp` along the same direction."""
-    return JvpHvp.apply(*ops, o, lse, *t, tdo, *_guarded(ops, do, spec), spec, _Shapes(shapes))
+    return JvpHvp.run(*ops, o, lse, *t, tdo, *_guarded(ops, do, spec), spec, _Shapes(shapes))
 
 
 def along(
@@ -458,4 +466,4 @@ def jvp_jvp(
     spec: AttentionSpec,
 ) -> Any:
     """tto; see :func:`theria.ops.reference.jvp_jvp`."""
-    return JvpJvp.apply(*ops, o, lse, *t1, *t2, *t12, tau1, tau2, spec)
+    return JvpJvp.run(*ops, o, lse, *t1, *t2, *t12, tau1, tau2, spec)

@@ -14,7 +14,6 @@ from torch._C._functorch import (
     get_unwrapped,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
-    is_legacy_batchedtensor,
     maybe_get_level,
     peek_interpreter_stack,
 )
@@ -69,9 +68,3 @@ def differentiated(x: Tensor) -> str | None:
 def traced() -> bool:
     """Whether a mode watches or replaces every operation (tracing, fake tensors, counters of memory)."""
     return torch._C._len_torch_dispatch_stack() > 0
-
-
-def plain(x: Tensor) -> bool:
-    """Whether a tensor that has left ``torch.func`` has memory of its own: no subclass, not mapped by
-    ``is_grads_batched``."""
-    return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not is_legacy_batchedtensor(x)

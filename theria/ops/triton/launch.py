@@ -16,6 +16,7 @@ from torch import Tensor
 
 from theria.ops.dropout import keep_scale, threshold
 from theria.ops.operands import AttentionSpec, Operands, Shapes, batch_shape, sum_to
+from theria.ops.triton import plans
 from theria.ops.triton.tensors import Call, Static, Strides
 from theria.ops.triton.tiles import Tile
 
@@ -115,7 +116,7 @@ class Frame:
 
     def new_rows(self) -> Tensor:
         """An uninitialised row statistic (*L, N)."""
-        return torch.empty((*self.lead, self.N), dtype=torch.float32, device=self.device)
+        return plans.allocated(torch.empty((*self.lead, self.N), dtype=torch.float32, device=self.device))
 
     def new(self, name: str, like: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor that a kernel writes, with the order of dimensions of the tensor ``like``."""
@@ -148,6 +149,7 @@ class Frame:
         """A wanted cotangent from what the kernel wrote."""
         if x is None or shape is None or x.shape == shape:
             return x
+        plans.unplanned()
         name = next(name for name in ("dq", "dk", "dv") if self.tensors.get(name) is x)
         return _empty_in_order(self.tensors[name[-1]], tuple(shape), self.dtype).copy_(sum_to(x, shape))
 
@@ -236,12 +238,14 @@ def launch(kernel: Any, programs: int, frame: Frame, args: Sequence[Any], static
     """Start ``programs`` programs of a kernel; ``args`` are its arguments before ``S``."""
     if programs == 0:
         return
-    options = {"S": static, "num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if frame.device.type == "cuda" and frame.device.index != torch.cuda.current_device():
         with torch.cuda.device(frame.device):
-            kernel[(programs,)](*args, **options)
+            compiled = kernel[(programs,)](*args, S=static, **options)
     else:
-        kernel[(programs,)](*args, **options)
+        compiled = kernel[(programs,)](*args, S=static, **options)
+    if (record := plans.recording()) is not None:
+        record.launch(compiled or plans.Interpreted(kernel, static, options), programs, (*args, static))
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -276,8 +280,9 @@ def _empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) ->
     The last dimension stays the last one; one in which ``like`` is expanded comes first.
     """
     if like.shape[:-1] != shape[:-1] or like.is_contiguous():
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return plans.allocated(torch.empty(shape, dtype=dtype, device=like.device))
     last = len(shape) - 1
     order = [*sorted(range(last), key=lambda dim: (-like.stride(dim) or -inf, dim)), last]
     back = [order.index(dim) for dim in range(len(shape))]
-    return torch.empty([shape[dim] for dim in order], dtype=dtype, device=like.device).permute(back)
+    x = torch.empty([shape[dim] for dim in order], dtype=dtype, device=like.device)
+    return plans.allocated(x.permute(back))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Tangents
-from theria.ops.transforms import plain, traced
+from theria.ops.transforms import traced
+from theria.ops.triton.plans import replayed
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 LIBRARY = torch.library.Library("theria", "DEF")
@@ -95,23 +96,31 @@ def operator(new: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
         @wraps(rule)
         def call(*args: Any) -> Any:
-            if not traced() and _all_plain(args):
-                return rule(*args)
-            return _results(rule.__name__, dispatched(*flatten(args)), args[-1])
+            tensors, addresses = (None, None) if traced() else plain_tensors(args)
+            if tensors is None or addresses is None:
+                return _results(rule.__name__, dispatched(*flatten(args)), args[-1])
+            return replayed(rule, args, tensors, addresses)
 
         return call  # type: ignore[return-value]
 
     return decorate
 
 
-def _all_plain(args: Sequence[Any]) -> bool:
+def plain_tensors(args: Sequence[Any]) -> tuple[list[Tensor] | None, list[int] | None]:
+    """The tensors among the arguments of a rule and their addresses; None where one has no memory of its own."""
+    tensors: list[Tensor] = []
     for x in args:
-        if isinstance(x, (Operands, Tangents)):
-            if not all([y is None or plain(y) for y in x]):  # noqa: C419 - a list is faster than a generator
-                return False
-        elif isinstance(x, Tensor) and not plain(x):
-            return False
-    return True
+        if isinstance(x, Tensor):
+            tensors.append(x)
+        elif isinstance(x, (Operands, Tangents)):
+            tensors += [y for y in x if y is not None]
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return None, None
+    try:
+        return tensors, [x.data_ptr() for x in tensors]
+    except RuntimeError:  # mapped by is_grads_batched, whose tensors are of no type of their own
+        return None, None
 
 
 def _flat(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:

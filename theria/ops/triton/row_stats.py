@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from theria.ops.triton import plans
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.softmax import pivot
 from theria.ops.triton.tensors import at, at_row, coordinates, load, load_row
@@ -87,7 +88,7 @@ def row_stats(frame: Frame, lse: Tensor, tau: Tensor | None = None) -> Tensor:
     tile = select("row_stats", frame)
     rows = -(-frame.N // PADDING.value) * PADDING.value
     count = 2 if tau is None else 4
-    stats = torch.empty((*frame.lead, rows, count), dtype=torch.float32, device=frame.device)
+    stats = plans.allocated(torch.empty((*frame.lead, rows, count), dtype=torch.float32, device=frame.device))
     tensors, strides, call, static = frame.describe(("o", "do", "tdo", "to"), tile)
     lse, tau = frame.rows(lse), None if tau is None else frame.rows(tau)
     programs = -(-rows // tile.rows) * frame.heads

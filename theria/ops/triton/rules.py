@@ -16,7 +16,7 @@ from theria.ops.triton import forward as forward_kernels
 from theria.ops.triton import hvp as hvp_kernels
 from theria.ops.triton import jvp as jvp_kernels
 from theria.ops.triton import jvp_jvp as jvp_jvp_kernels
-from theria.ops.triton import short
+from theria.ops.triton import plans, short
 from theria.ops.triton import vjp as vjp_kernels
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.library import operator
@@ -96,6 +96,7 @@ def new_jvp_hvp(
 
 
 def _zero(results: Any) -> Any:
+    plans.unplanned()
     if isinstance(results, Tensor):
         return results.zero_()
     return tuple(None if x is None else x.zero_() for x in results)
@@ -130,6 +131,7 @@ def _refuse_mask(*xs: Any) -> None:
 def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o, lse; see :func:`theria.ops.reference.forward`."""
     if _empty(ops):
+        plans.unplanned()
         o, lse = new_forward(ops, spec)
         return o.zero_(), lse.fill_(float("-inf"))
     return forward_kernels.forward(ops, spec)

@@ -48,7 +48,7 @@ def _area(kind: str, device: torch.device) -> int:
 def fits(sizes: _Sizes, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> bool:
     """Whether the short kernels take a call: whether one program holds the keys of a head and what belongs to them."""
     keys, width = power_of_two(sizes.M), power_of_two(max(sizes.D, sizes.E))
-    within = sizes.N <= ROWS and 0 < sizes.M and keys <= KEYS and width <= WIDTH
+    within = sizes.N <= ROWS and sizes.M > 0 and keys <= KEYS and width <= WIDTH
     return within and keys * width <= _area(kind(dtype), torch.device(device))
 
 

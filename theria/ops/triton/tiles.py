@@ -167,6 +167,11 @@ def select(kernel: str, frame: Any) -> Tile:
     return choose(key_of(kernel, frame), power_of_two(frame.N), power_of_two(frame.M))
 
 
+def overridden() -> bool:
+    """Whether tiles are chosen by :func:`override`."""
+    return bool(_overrides)
+
+
 @contextmanager
 def override(kernel: str, tile: Tile) -> Iterator[None]:
     """Inside, every call of ``kernel`` uses ``tile`` (of the whole process: backward has threads of its own)."""

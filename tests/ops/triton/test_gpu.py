@@ -1,0 +1,138 @@
+"""What only a GPU shows: graphs, determinism across processes, very many heads, addresses past 2³¹ elements."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from theria.ops import sdpa
+from theria.testing import difference, make_sample
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+BF16 = 1e-2  # of bfloat16 results, far above their rounding (3e-3) and far below anything wrong
+fused = partial(sdpa, backend="triton")
+SHAPES = pytest.mark.parametrize("shape", [(2, 3, 40, 16), (2, 3, 200, 64)], ids=["short", "long"])
+
+Everything = Callable[[list[Tensor]], list[Tensor]]
+
+
+def everything(tensors: list[Tensor]) -> list[Tensor]:
+    """Output, gradients and the whole double backward of (q, k, v, do, a, b, c)."""
+    *leaves, a, b, c = tensors
+    q, k, v, do = (x.detach().requires_grad_() for x in leaves)
+    out = fused(q, k, v, is_causal=True)
+    first = torch.autograd.grad(out, (q, k, v), do, create_graph=True)
+    second = torch.autograd.grad(first, (q, k, v, do), (a, b, c))
+    return [x.detach() for x in (out, *first, *second)]
+
+
+def tensors(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(7)]
+
+
+@SHAPES
+def test_a_graph_replays_forward_backward_and_double_backward(shape: tuple[int, ...]) -> None:
+    static = tensors(shape, 0)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            everything(static)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        captured = everything(static)
+    for seed in (1, 2):
+        given = tensors(shape, seed)
+        for x, y in zip(static, given, strict=True):
+            x.copy_(y)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(x.equal(y) for x, y in zip(captured, everything(given), strict=True))
+
+
+@SHAPES
+@pytest.mark.parametrize("strict", [False, True], ids=["", "use_deterministic_algorithms"])
+def test_a_hundred_repeats_have_the_same_bits(shape: tuple[int, ...], strict: bool) -> None:
+    given = tensors(shape, 0)
+    first = everything(given)
+    torch.use_deterministic_algorithms(strict)
+    try:
+        for _ in range(100):
+            assert all(x.equal(y) for x, y in zip(everything(given), first, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def digest() -> str:
+    """Bits of every derivative as text."""
+    results = [x for shape in ((2, 3, 40, 16), (2, 3, 200, 64)) for x in everything(tensors(shape, 0))]
+    return " ".join(
+        str(int(x.view(torch.int16).long().mul(torch.arange(x.numel(), device="cuda").view_as(x)).sum()))
+        for x in results
+    )
+
+
+def test_another_process_has_the_same_bits() -> None:
+    code = "from tests.ops.triton.test_gpu import digest; print(digest())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == digest()
+
+
+@pytest.mark.parametrize("keys", [8, 130], ids=["short", "long"])
+def test_more_heads_than_a_grid_has_rows(keys: int) -> None:
+    heads = 70_000
+    x = [torch.randn(heads, 1, n, 16, device="cuda", dtype=torch.bfloat16) for n in (8, keys, keys)]
+    do, t = torch.randn_like(x[0]), [torch.randn_like(a) for a in x]
+    leaves = [a.requires_grad_() for a in x]
+    first = torch.autograd.grad(fused(*leaves), leaves, do, create_graph=True)
+    second = torch.autograd.grad(first, leaves, t)
+    part = slice(heads - 3, heads)
+    own = [a[part].detach().double().requires_grad_() for a in x]
+    exact_first = torch.autograd.grad(sdpa(*own, backend="reference"), own, do[part].double(), create_graph=True)
+    exact = torch.autograd.grad(exact_first, own, [a[part].double() for a in t])
+    assert difference([a[part] for a in (*first, *second)], (*exact_first, *exact)) <= BF16
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 24 * 2**30, reason="needs 24 GB"
+)
+@pytest.mark.parametrize("keys", [8, 130], ids=["short", "long"])
+def test_addresses_past_two_to_the_31(keys: int) -> None:
+    far = 2**31 + 64  # elements between the two heads
+    memory = torch.empty(far + 2**20, dtype=torch.bfloat16, device="cuda")
+
+    def spread(x: Tensor, offset: int) -> Tensor:
+        view = memory[offset:].as_strided(x.shape, (far, far, x.shape[-1], 1))
+        return view.copy_(x)
+
+    near = [torch.randn(2, 1, n, 16, device="cuda", dtype=torch.bfloat16) for n in (40, keys, keys)]
+    do, t = torch.randn_like(near[0]), [torch.randn_like(a) for a in near]
+    spaced = [spread(a, 2**14 * i) for i, a in enumerate((*near, do, *t))]
+    results = []
+    for q, k, v, cotangent, *directions in ([*near, do, *t], spaced):
+        leaves = [a.detach().requires_grad_() for a in (q, k, v)]
+        first = torch.autograd.grad(fused(*leaves), leaves, cotangent, create_graph=True)
+        results.append((*first, *torch.autograd.grad(first, leaves, directions)))
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def test_a_seed_on_the_device_can_be_captured() -> None:
+    sample = make_sample((1, 2), 33, 40, 16, 16).to(torch.float16, "cuda")
+    seed = torch.tensor([7], device="cuda")
+    run = partial(fused, *sample.x, dropout_p=0.5, seed=seed)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        out = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert out.equal(fused(*sample.x, dropout_p=0.5, seed=7))
