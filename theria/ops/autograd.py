@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
@@ -52,9 +52,12 @@ def rules(backend: str) -> ModuleType:
     return import_module(RULES[backend])
 
 
+_knows_autocast = cache(torch.amp.is_autocast_available)
+
+
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device (some, such as meta, do not know it)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def _call(name: str, spec: AttentionSpec, *args: Any) -> Any:
@@ -90,7 +93,8 @@ class _Rule(Function):
         """Outside of ``torch.func`` without what ``Function.apply`` does for default arguments, of which none are."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+        args = [unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args]  # type: ignore[assignment]
+        return super(Function, cls).apply(*args)  # type: ignore[misc]
 
     @classmethod
     def run(cls, *args: Any) -> Any:

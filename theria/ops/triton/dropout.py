@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from theria.ops.triton.tensors import constexpr
+
 
 @triton.jit
-def keep_factor(seed, head, row, col, call, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr):
+def keep_factor(seed, head, row, col, call, BLOCK_R: constexpr, BLOCK_C: constexpr, TRANSPOSED: constexpr):
     """R (3) of the tile at (row, col): 1/(1 − p) where an entry is kept, 0 where it is dropped; None without dropout.
 
     Args:

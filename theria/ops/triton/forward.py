@@ -13,19 +13,19 @@ from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, mask_scores
 from theria.ops.triton.softmax import LN2, LOG2E, left_operand, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, at_row, coordinates, load, store, store_row
+from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, store, store_row
 from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def _step(acc, total, top, q, keys, common, row, col, edge, S: tl.constexpr):
+def _step(acc, total, top, q, keys, common, row, col, edge, S: constexpr):
     """One tile of keys: the maxima of the rows so far, in the unit of the scores; the sums of their weights and the
     weighted sums of V relative to them."""
     k, v = keys
     mask, seed, strides, head, lead, call = common
-    UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
+    UNIT: constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
     k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
-    ADDITIVE: tl.constexpr = mask is not None and mask.dtype.element_ty.is_floating()
+    ADDITIVE: constexpr = mask is not None and mask.dtype.element_ty.is_floating()
     if ADDITIVE:
         x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
         higher = tl.maximum(top, tl.max(x, 1))
@@ -45,7 +45,7 @@ def _step(acc, total, top, q, keys, common, row, col, edge, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def forward_kernel(q, k, v, mask, seed, o, lse, strides, call, S: tl.constexpr):
+def forward_kernel(q, k, v, mask, seed, o, lse, strides, call, S: constexpr):
     """``o`` (*L, N, E) and ``lse`` (*L, N) of one block of rows."""
     blocks = tl.cdiv(call.N, S.BLOCK_M)
     head = tl.program_id(0) // blocks

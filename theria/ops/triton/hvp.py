@@ -6,6 +6,8 @@ the same bits. Work is ordered so that few tiles of the size of the scores are a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,12 +19,12 @@ from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, row_range
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.softmax import left_operand, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, coordinates, load, store
+from theria.ops.triton.tensors import at, constexpr, coordinates, load, store
 from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def log_tangent(q, tq, k, tk, tau, call, TRANSPOSED: tl.constexpr, S: tl.constexpr):
+def log_tangent(q, tq, k, tk, tau, call, TRANSPOSED: constexpr, S: constexpr):
     """U = tS − tau, the tangent of log P (13); None where the direction does not move the scores."""
     ts = score_product(tq, k, None, TRANSPOSED, S)
     ts = score_product(q, tk, ts, TRANSPOSED, S)
@@ -33,7 +35,7 @@ def log_tangent(q, tq, k, tk, tau, call, TRANSPOSED: tl.constexpr, S: tl.constex
 
 
 @triton.jit
-def score_tangent(p, ds, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: tl.constexpr, S: tl.constexpr):
+def score_tangent(p, ds, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: constexpr, S: constexpr):
     """tdS (16) of a tile from P, dS and U; tdelta is broadcast along its rows."""
     tdp = score_product(do, tv, None, TRANSPOSED, S)
     tdp = score_product(tdo, v, tdp, TRANSPOSED, S)
@@ -44,7 +46,7 @@ def score_tangent(p, ds, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: tl.constex
 
 
 @triton.jit
-def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: tl.constexpr):
+def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: constexpr):
     """One tile of keys: adds tdS K + dS tK."""
     pivots, delta, tau, tdelta = stats
     k, tk, v, tv = keys
@@ -66,7 +68,7 @@ def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: tl.con
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def hvp_dq_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, strides, call, S: tl.constexpr):
+def hvp_dq_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, strides, call, S: constexpr):
     """tdQ (17) of one block of rows."""
     blocks = tl.cdiv(call.N, S.BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -108,9 +110,9 @@ def _dkv_step(
     row,
     col,
     edge,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    S: tl.constexpr,
+    DK: constexpr,
+    DV: constexpr,
+    S: constexpr,
 ):
     """One tile of rows: adds tdSᵀQ + dSᵀtQ and (R∘tP)ᵀdO + P̃ᵀtdO. Tiles of scores are (keys, rows)."""
     q, tq, do, tdo, stats = rows
@@ -139,23 +141,23 @@ def _dkv_step(
 
 
 @triton.jit
-def _dkv_head(acc_k, acc_v, k, tk, v, tv, rows, common, col, DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr):
+def _dkv_head(acc_k, acc_v, k, tk, v, tv, rows, common, col, DK: constexpr, DV: constexpr, S: constexpr) -> Any:
     """What the rows of one query head add to a block of keys."""
     mask, seed, strides, head, lead, call = common
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
     common = (mask, seed, strides, head, lead, call)
-    start, plain = row_range(col, call, S)
+    start, plain = row_range(col, call, S)  # pyright: ignore[reportGeneralTypeIssues]
     for row in range(start, call.N, S.BLOCK_M):
         acc_k, acc_v = _dkv_step(acc_k, acc_v, k, tk, v, tv, rows, common, row, col, row < plain, DK, DV, S)
     return acc_k, acc_v
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def hvp_dkv_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dk, dv, stats, strides, call, S: tl.constexpr):
+def hvp_dkv_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dk, dv, stats, strides, call, S: constexpr):
     """tdK (17) and tdV (18) of one block of keys; with S.GROUPED summed over the query heads of a key head."""
-    DK: tl.constexpr = dk is not None
-    DV: tl.constexpr = dv is not None
+    DK: constexpr = dk is not None
+    DV: constexpr = dv is not None
     blocks = tl.cdiv(call.M, S.BLOCK_N)
     first = tl.program_id(0) // blocks
     if S.GROUPED:

@@ -11,12 +11,12 @@ from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range
 from theria.ops.triton.softmax import left_operand, pivot, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, at_row, coordinates, load, load_row, store, store_row
+from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: tl.constexpr):
+def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: constexpr):
     """One tile of keys: adds to (P̃∘tS)V + P̃tV and to tau."""
     k, v, tk, tv = keys
     mask, seed, strides, head, lead, call = common
@@ -39,7 +39,7 @@ def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, S: tl.constexpr):
+def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, S: constexpr):
     """``to`` (*L, N, E) and ``tau`` (*L, N) of one block of rows."""
     blocks = tl.cdiv(call.N, S.BLOCK_M)
     head = tl.program_id(0) // blocks

@@ -11,12 +11,12 @@ from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range
 from theria.ops.triton.softmax import pivot, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, at_row, coordinates, load, load_row, store
+from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store
 from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def _centred(tq, k, q, tk, tau, call, S: tl.constexpr):
+def _centred(tq, k, q, tk, tau, call, S: constexpr):
     """U = tS − tau (20) of one direction; None where it moves neither q nor k."""
     ts = score_product(tq, k, None, False, S)
     ts = score_product(q, tk, ts, False, S)
@@ -27,7 +27,7 @@ def _centred(tq, k, q, tk, tau, call, S: tl.constexpr):
 
 
 @triton.jit
-def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S: tl.constexpr):
+def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S: constexpr):
     """X (20); None where nothing bends the scores."""
     tts = score_product(tq1, tk2, None, False, S)
     tts = score_product(tq2, tk1, tts, False, S)
@@ -45,7 +45,7 @@ def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S: tl.constexpr
 
 
 @triton.jit
-def _add(acc, weight, base, keep, col, call, strides, S: tl.constexpr):
+def _add(acc, weight, base, keep, col, call, strides, S: constexpr):
     """acc + (R∘weight) v with the values or tangents of values at ``base``; ``acc`` where either is absent."""
     if weight is None or base is None:
         return acc
@@ -64,7 +64,7 @@ def _times(x, p):
 
 
 @triton.jit
-def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common, row, col, edge, S: tl.constexpr):
+def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common, row, col, edge, S: constexpr):
     """One tile of keys: adds to (22) without its second term, and to rowsum(P∘X)."""
     k_at, tk1_at, tk2_at, ttk_at = keys
     v_at, tv1_at, tv2_at, ttv_at = values
@@ -90,7 +90,7 @@ def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common,
 
 @triton.jit(do_not_specialize=["strides", "call"])
 def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, ttv, to,
-                   lse, tau1, tau2, strides, call, S: tl.constexpr):  # fmt: skip
+                   lse, tau1, tau2, strides, call, S: constexpr):  # fmt: skip
     """``to`` (*L, N, E), the mixed tangent, of one block of rows."""
     blocks = tl.cdiv(call.N, S.BLOCK_M)
     head = tl.program_id(0) // blocks

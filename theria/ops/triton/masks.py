@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from theria.ops.triton.tensors import at
+from theria.ops.triton.tensors import at, constexpr
 
 
 @triton.jit
-def _positions(row, col, TRANSPOSED: tl.constexpr, S: tl.constexpr):
+def _positions(row, col, TRANSPOSED: constexpr, S: constexpr) -> Any:
     """Rows and columns of the tile at (row, col), along its dimensions."""
     rows = row + tl.arange(0, S.BLOCK_M)
     cols = col + tl.arange(0, S.BLOCK_N)
@@ -29,9 +31,9 @@ def mask_scores(
     col,
     call,
     edge,
-    UNIT: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    S: tl.constexpr,
+    UNIT: constexpr,
+    TRANSPOSED: constexpr,
+    S: constexpr,
 ):
     """Scores of the tile at (row, col), −inf where a row does not see a key.
 
@@ -42,7 +44,7 @@ def mask_scores(
             for such tiles costs more than the branch (its pipeline starts anew, and its registers count too).
     """
     if mask is not None:
-        rows, cols = _positions(row, col, TRANSPOSED, S)
+        rows, cols = _positions(row, col, TRANSPOSED, S)  # pyright: ignore[reportGeneralTypeIssues]
         entries = at(mask, strides.mask, lead, 1)
         entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
         exists = (rows < call.N) & (cols < call.M)
@@ -52,7 +54,7 @@ def mask_scores(
             x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
     if S.CAUSAL or not S.EVEN_M:  # noqa: SIM102 - decided as it is compiled, the next as it runs
         if edge:
-            rows, cols = _positions(row, col, TRANSPOSED, S)
+            rows, cols = _positions(row, col, TRANSPOSED, S)  # pyright: ignore[reportGeneralTypeIssues]
             if not S.EVEN_M:
                 x = tl.where(cols < call.M, x, float("-inf"))
             if S.CAUSAL:
@@ -61,7 +63,7 @@ def mask_scores(
 
 
 @triton.jit
-def key_range(row, call, S: tl.constexpr):
+def key_range(row, call, S: constexpr):
     """(plain, end) for the rows from ``row``: they see no key from ``end`` on; no diagonal and no end of the keys
     crosses the tiles before ``plain``."""
     end = call.M
@@ -73,7 +75,7 @@ def key_range(row, call, S: tl.constexpr):
 
 
 @triton.jit
-def row_range(col, call, S: tl.constexpr):
+def row_range(col, call, S: constexpr):
     """(start, plain) for the keys from ``col``: no row before ``start`` sees them; the diagonal crosses no tile of rows
     from ``plain`` on. Both are multiples of BLOCK_M."""
     start = 0

@@ -12,11 +12,11 @@ import triton.language as tl
 
 from theria.ops.triton import dropout, tensors
 from theria.ops.triton.softmax import LOG2E, product
-from theria.ops.triton.tensors import at, at_row
+from theria.ops.triton.tensors import at, at_row, constexpr
 
 
 @triton.jit
-def heads_from(first, total, PACK: tl.constexpr):
+def heads_from(first, total, PACK: constexpr):
     """Leading indices [first, first + PACK): a scalar, or (PACK, 1, 1) where the last head fills up the last pack."""
     if PACK == 1:
         return first
@@ -26,7 +26,7 @@ def heads_from(first, total, PACK: tl.constexpr):
 
 
 @triton.jit
-def coordinates(head, call, FLAT: tl.constexpr):
+def coordinates(head, call, FLAT: constexpr):
     """The four coordinates of leading indices, without a division where one dimension holds them all (FLAT)."""
     if FLAT:
         zero = tl.zeros_like(head).to(tl.int64)
@@ -45,7 +45,7 @@ def transposed(x):
 
 
 @triton.jit
-def product_with_transposed(a, b, acc, S: tl.constexpr):
+def product_with_transposed(a, b, acc, S: constexpr):
     """acc + a bᵀ; ``acc`` where an operand is absent."""
     if a is None or b is None:
         if acc is None:
@@ -57,17 +57,17 @@ def product_with_transposed(a, b, acc, S: tl.constexpr):
 
 
 @triton.jit
-def _rows(start, BLOCK: tl.constexpr):
+def _rows(start, BLOCK: constexpr):
     return tl.expand_dims(start + tl.arange(0, BLOCK), 1)[None, :, :]
 
 
 @triton.jit
-def _cols(BLOCK: tl.constexpr):
+def _cols(BLOCK: constexpr):
     return tl.arange(0, BLOCK)[None, None, :]
 
 
 @triton.jit
-def _inside(start, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+def _inside(start, count, BLOCK: constexpr, WIDTH: constexpr, BLOCK_W: constexpr):
     if WIDTH == BLOCK_W:
         return (_rows(start, BLOCK) < count) & (_cols(BLOCK_W) >= 0)
     else:
@@ -76,8 +76,8 @@ def _inside(start, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.
 
 @triton.jit
 def load(
-    base, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr,
-    S: tl.constexpr,
+    base, start, count, strides, BLOCK: constexpr, WIDTH: constexpr, EVEN: constexpr, PACK: constexpr,
+    S: constexpr,
 ):  # fmt: skip
     """Rows [start, start + BLOCK) of each head, zero outside; None for an absent tensor (as ``tensors.load``)."""
     if base is None:
@@ -85,9 +85,9 @@ def load(
     elif PACK == 1:
         return tensors.load(base, start, count, strides, BLOCK, WIDTH, EVEN, S)
     else:
-        SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
-        BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
-        ROW: tl.constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
+        SIZE: constexpr = S.D if WIDTH == "D" else S.E
+        BLOCK_W: constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+        ROW: constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
         row = ROW if ROW > 0 else strides[4] * S.VEC
         addresses = base + (_rows(start, BLOCK) * row + _cols(BLOCK_W))
         if EVEN and SIZE == BLOCK_W:
@@ -98,8 +98,8 @@ def load(
 
 @triton.jit
 def store(
-    base, x, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr,
-    S: tl.constexpr,
+    base, x, start, count, strides, BLOCK: constexpr, WIDTH: constexpr, EVEN: constexpr, PACK: constexpr,
+    S: constexpr,
 ):  # fmt: skip
     """Write ``x`` to the rows that exist, in the tensor's dtype (as ``tensors.store``).
 
@@ -108,9 +108,9 @@ def store(
     if PACK == 1:
         tensors.store(base, x, start, count, strides, BLOCK, WIDTH, EVEN, S)
     else:
-        SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
-        BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
-        ROW: tl.constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
+        SIZE: constexpr = S.D if WIDTH == "D" else S.E
+        BLOCK_W: constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+        ROW: constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
         row = ROW if ROW > 0 else strides[4] * S.VEC
         addresses = base + (_rows(start, BLOCK) * row + _cols(BLOCK_W))
         x = x.to(base.dtype.element_ty)
@@ -121,7 +121,7 @@ def store(
 
 
 @triton.jit
-def _each_row(row, PACK: tl.constexpr, S: tl.constexpr):
+def _each_row(row, PACK: constexpr, S: constexpr):
     """Rows along the last dimension of a tile of scores."""
     rows = (row + tl.arange(0, S.BLOCK_M))[None, :]
     if PACK == 1:
@@ -131,7 +131,7 @@ def _each_row(row, PACK: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _each_key(PACK: tl.constexpr, S: tl.constexpr):
+def _each_key(PACK: constexpr, S: constexpr):
     """Keys along the dimension before it."""
     cols = tl.arange(0, S.BLOCK_N)[:, None]
     if PACK == 1:
@@ -141,14 +141,14 @@ def _each_key(PACK: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def load_row(pointer, head, row, other, call, PACK: tl.constexpr, S: tl.constexpr):
+def load_row(pointer, head, row, other, call, PACK: constexpr, S: constexpr):
     """A row statistic as (1, rows) or (heads, 1, rows); ``other`` where there is no row."""
     rows = _each_row(row, PACK, S)
     return tl.load(at_row(pointer, head, call) + rows, mask=(rows < call.N) & (head >= 0), other=other)
 
 
 @triton.jit
-def store_row(pointer, x, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
+def store_row(pointer, x, head, row, call, PACK: constexpr, S: constexpr):
     """Write a row statistic, given as :func:`load_row` gives it."""
     rows = _each_row(row, PACK, S)
     tl.store(at_row(pointer, head, call) + rows, x, mask=(rows < call.N) & (head >= 0))
@@ -161,9 +161,9 @@ def row_sum(x):
 
 
 @triton.jit
-def scaled_scores(q, k, mask, strides, lead, row, call, PACK: tl.constexpr, S: tl.constexpr):
+def scaled_scores(q, k, mask, strides, lead, row, call, PACK: constexpr, S: constexpr):
     """Sᵀ (1) in the unit of ``softmax.pivot``, masked: (keys, rows) or (heads, keys, rows), all keys of a head."""
-    UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
+    UNIT: constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
     x = product_with_transposed(k, q, None, S) * (call.scale * UNIT)
     rows, cols = _each_row(row, PACK, S), _each_key(PACK, S)
     if mask is not None:
@@ -182,7 +182,7 @@ def scaled_scores(q, k, mask, strides, lead, row, call, PACK: tl.constexpr, S: t
 
 
 @triton.jit
-def keep_factor(seed, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
+def keep_factor(seed, head, row, call, PACK: constexpr, S: constexpr):
     """Rᵀ (3) of the rows from ``row`` against all keys; None without dropout (as ``dropout.keep_factor``)."""
     if seed is None:
         return

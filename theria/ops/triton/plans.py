@@ -130,9 +130,9 @@ def replayed(rule: Callable[..., Any], args: Sequence[Any], tensors: list[Tensor
         *[(x.shape, x.stride(), x.dtype, address & 15) for x, address in zip(tensors, addresses, strict=True)],
         *[_without_tensors(x) for x in args],
     )
-    plan = _plans.get(key, recording)  # any value that is no plan
-    if plan is recording:
+    if key not in _plans:
         return _record(rule, args, tensors, device, key)
+    plan = _plans[key]
     return rule(*args) if plan is None else plan.run(tensors, addresses)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from theria.ops.triton import plans
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.softmax import pivot
-from theria.ops.triton.tensors import at, at_row, coordinates, load, load_row
+from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row
 from theria.ops.triton.tiles import select
 
 PADDING = tl.constexpr(256)  # the most rows that a tile may have
@@ -31,9 +31,9 @@ def padded_rows(call):
 
 
 @triton.jit
-def load_stats(stats, head, row, call, BLOCK: tl.constexpr, TANGENTS: tl.constexpr):
+def load_stats(stats, head, row, call, BLOCK: constexpr, TANGENTS: constexpr):
     """(pivots, delta), with TANGENTS (pivots, delta, tau, tdelta) of the rows [row, row + BLOCK) of one head."""
-    COUNT: tl.constexpr = 4 if TANGENTS else 2
+    COUNT: constexpr = 4 if TANGENTS else 2
     base = tl.multiple_of(stats + tl.cast(head, tl.int64) * padded_rows(call) * COUNT, 16)
     packed = tl.load(base + tl.multiple_of(row, BLOCK) * COUNT + tl.arange(0, BLOCK * COUNT))
     if TANGENTS:
@@ -55,9 +55,9 @@ def _dot(a, b):
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def row_stats_kernel(o, do, tdo, to, lse, tau, stats, strides, call, S: tl.constexpr):
+def row_stats_kernel(o, do, tdo, to, lse, tau, stats, strides, call, S: constexpr):
     """delta (6) and tdelta (15) of one block of rows, packed with lse (in the unit of the kernels) and tau."""
-    COUNT: tl.constexpr = 2 if tau is None else 4
+    COUNT: constexpr = 2 if tau is None else 4
     rows = padded_rows(call)
     blocks = tl.cdiv(rows, S.BLOCK_M)
     head = tl.program_id(0) // blocks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -20,11 +22,11 @@ from theria.ops.triton.packed import (
     transposed,
 )
 from theria.ops.triton.softmax import pivot, probabilities, product
-from theria.ops.triton.tensors import at
+from theria.ops.triton.tensors import at, constexpr
 
 
 @triton.jit
-def _weights(q, k, lse, mask, strides, lead, head, row, call, PACK: tl.constexpr, S: tl.constexpr):
+def _weights(q, k, lse, mask, strides, lead, head, row, call, PACK: constexpr, S: constexpr):
     """Pᵀ (2) of a block of rows; exactly 0 in rows that do not exist."""
     pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), q.dtype)
     x = scaled_scores(q, k, mask, strides, lead, row, call, PACK, S)
@@ -32,7 +34,7 @@ def _weights(q, k, lse, mask, strides, lead, head, row, call, PACK: tl.constexpr
 
 
 @triton.jit
-def _add(acc, a, b, S: tl.constexpr):
+def _add(acc, a, b, S: constexpr):
     """acc + a b with ``a`` rounded to the dtype of ``b``; ``acc`` where either is absent."""
     if a is None or b is None:
         return acc
@@ -41,7 +43,7 @@ def _add(acc, a, b, S: tl.constexpr):
 
 
 @triton.jit
-def _add_transposed(acc, a, b, S: tl.constexpr):
+def _add_transposed(acc, a, b, S: constexpr):
     """acc + aᵀ b, ``a`` rounded to the dtype of ``b``; ``acc`` where either is absent.
 
     Held transposed where b has at least 64 columns (:func:`_store_rows`): Hopper's wgmma wants 64 on the left.
@@ -58,9 +60,9 @@ def _add_transposed(acc, a, b, S: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(pointer, x, strides, lead, row, call, WIDTH: tl.constexpr, PACK: tl.constexpr, S: tl.constexpr):
+def _store_rows(pointer, x, strides, lead, row, call, WIDTH: constexpr, PACK: constexpr, S: constexpr):
     """Write what :func:`_add_transposed` gave for a block of rows; zeros if it gave None."""
-    BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+    BLOCK_W: constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
     if x is None:
         x = _zeros(S.BLOCK_M, BLOCK_W, PACK)
     elif BLOCK_W >= 64:
@@ -69,7 +71,7 @@ def _store_rows(pointer, x, strides, lead, row, call, WIDTH: tl.constexpr, PACK:
 
 
 @triton.jit
-def _zeros(BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, PACK: tl.constexpr):
+def _zeros(BLOCK: constexpr, BLOCK_W: constexpr, PACK: constexpr):
     if PACK == 1:
         return tl.zeros((BLOCK, BLOCK_W), tl.float32)
     else:
@@ -86,7 +88,7 @@ def _seed_of(seed, strides, lead):
 
 @triton.jit
 def _vjp_block(acc_k, acc_v, k, v, q, do, dq, dk, dv, lse, mask, seed, strides, head, row, call,
-               PACK: tl.constexpr, FLAT: tl.constexpr, S: tl.constexpr):  # fmt: skip
+               PACK: constexpr, FLAT: constexpr, S: constexpr):  # fmt: skip
     """(5)-(8) of one block of rows: writes dQ, adds to dK (without scale) and dV."""
     lead = coordinates(head, call, FLAT)
     q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
@@ -108,7 +110,7 @@ def _vjp_block(acc_k, acc_v, k, v, q, do, dq, dk, dv, lse, mask, seed, strides, 
 
 @triton.jit
 def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, head, row,
-                  call, PACK: tl.constexpr, FLAT: tl.constexpr, S: tl.constexpr):  # fmt: skip
+                  call, PACK: constexpr, FLAT: constexpr, S: constexpr):  # fmt: skip
     """(10)-(18) of one block of rows: writes tO, tau and tdQ, adds to tdK (without scale) and tdV."""
     lead = coordinates(head, call, FLAT)
     q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
@@ -156,7 +158,7 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
 
 
 @triton.jit
-def _program(total, call, PACK: tl.constexpr, S: tl.constexpr):
+def _program(total, call, PACK: constexpr, S: constexpr) -> Any:
     """First head of this program, and how many blocks of rows it walks over."""
     first = tl.program_id(0) * PACK
     blocks = tl.cdiv(call.N, S.BLOCK_M)
@@ -168,9 +170,9 @@ def _program(total, call, PACK: tl.constexpr, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["strides", "call", "total"])
 def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, total,
-                     PACK: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, S: tl.constexpr):  # fmt: skip
+                     PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
     """All of (5)-(8) for the heads of one program."""
-    first, blocks, count = _program(total, call, PACK, S)
+    first, blocks, count = _program(total, call, PACK, S)  # pyright: ignore[reportGeneralTypeIssues]
     lead = coordinates(first, call, FLAT)
     k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
     v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
@@ -191,9 +193,9 @@ def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, to
 
 @triton.jit(do_not_specialize=["strides", "call", "total"])
 def second_short_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, to, dq, dk, dv, lse, tau, strides, call, total,
-                        PACK: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, S: tl.constexpr):  # fmt: skip
+                        PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
     """All of (10)-(18) for the heads of one program."""
-    first, blocks, count = _program(total, call, PACK, S)
+    first, blocks, count = _program(total, call, PACK, S)  # pyright: ignore[reportGeneralTypeIssues]
     lead = coordinates(first, call, FLAT)
     k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
     v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)

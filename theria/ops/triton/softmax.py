@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 
 from theria.ops.triton.masks import mask_scores
+from theria.ops.triton.tensors import constexpr
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def product(a, b, acc, S: tl.constexpr):
+def product(a, b, acc, S: constexpr):
     """acc + a b, accumulated in float32; ``acc`` may be None."""
     if acc is None:
         return tl.dot(a, b, input_precision=S.PRECISION)
@@ -26,7 +27,7 @@ def product(a, b, acc, S: tl.constexpr):
 
 
 @triton.jit
-def left_operand(x, S: tl.constexpr):
+def left_operand(x, S: constexpr):
     """``x``, a left operand of every product of a loop; with S.HELD in the registers of the matrix unit.
 
     Otherwise it is read from shared memory anew for each product, which is what bounds them at 64 rows a tile, and
@@ -42,7 +43,7 @@ def left_operand(x, S: tl.constexpr):
 
 
 @triton.jit
-def score_product(rows, keys, acc, TRANSPOSED: tl.constexpr, S: tl.constexpr):
+def score_product(rows, keys, acc, TRANSPOSED: constexpr, S: constexpr):
     """acc + rows keysᵀ, transposed with TRANSPOSED; ``acc`` where an operand is absent."""
     if rows is None or keys is None:
         if acc is None:
@@ -56,22 +57,22 @@ def score_product(rows, keys, acc, TRANSPOSED: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def scaled_scores(q, k, mask, strides, lead, row, col, call, edge, TRANSPOSED: tl.constexpr, S: tl.constexpr):
+def scaled_scores(q, k, mask, strides, lead, row, col, call, edge, TRANSPOSED: constexpr, S: constexpr):
     """S (1) of the tile at (row, col) in the unit of :func:`pivot`, masked (:func:`theria.ops.triton.masks`)."""
-    UNIT: tl.constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
+    UNIT: constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
     x = score_product(q, k, None, TRANSPOSED, S) * (call.scale * UNIT)
     return mask_scores(x, mask, strides, lead, row, col, call, edge, UNIT, TRANSPOSED, S)
 
 
 @triton.jit
-def pivot(lse, dtype: tl.constexpr):
+def pivot(lse, dtype: constexpr):
     """lse in the unit of :func:`scaled_scores`; 0 for a row that sees no key, whose scores are all −inf."""
-    UNIT: tl.constexpr = 1.0 if dtype == tl.float32 else LOG2E
+    UNIT: constexpr = 1.0 if dtype == tl.float32 else LOG2E
     return tl.where(lse == float("-inf"), 0.0, lse * UNIT)
 
 
 @triton.jit
-def probabilities(x, pivots, dtype: tl.constexpr):
+def probabilities(x, pivots, dtype: constexpr):
     """P (2) from :func:`scaled_scores` and :func:`pivot`, which the caller broadcasts along the rows."""
     if dtype == tl.float32:
         return tl.exp2((x - pivots) * LOG2E)

@@ -11,10 +11,15 @@ computed from it is not compiled.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:  # to a type checker what a kernel is compiled for is a value like any other
+    from typing import Any as constexpr
+else:
+    from triton.language import constexpr
 
 
 class Strides(NamedTuple):
@@ -109,7 +114,7 @@ def coordinates(head, call):
 
 
 @triton.jit
-def at(pointer, strides, lead, VEC: tl.constexpr):
+def at(pointer, strides, lead, VEC: constexpr):
     """Address of the first element of one head; None for an absent tensor."""
     if pointer is None:
         return
@@ -128,24 +133,24 @@ def at_row(pointer, head, call):
 
 
 @triton.jit
-def _addresses(base, start, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr):
+def _addresses(base, start, strides, BLOCK: constexpr, WIDTH: constexpr, S: constexpr):
     """Addresses of the rows from ``start``; only offsets inside the tile are 32-bit."""
-    BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
-    ROW: tl.constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
+    BLOCK_W: constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+    ROW: constexpr = S.ROW_D if WIDTH == "D" else S.ROW_E
     row = ROW if ROW > 0 else strides[4] * S.VEC
     first = base + tl.cast(start, tl.int64) * row
     return first + (tl.arange(0, BLOCK)[:, None] * row + tl.arange(0, BLOCK_W)[None, :])
 
 
 @triton.jit
-def _inside(start, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+def _inside(start, count, BLOCK: constexpr, WIDTH: constexpr, BLOCK_W: constexpr):
     """(BLOCK, BLOCK_W): which elements of a tile exist."""
     rows = start + tl.arange(0, BLOCK) < count
     return rows[:, None] & (tl.arange(0, BLOCK_W) < WIDTH)[None, :]
 
 
 @triton.jit
-def load(base, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, S: tl.constexpr):
+def load(base, start, count, strides, BLOCK: constexpr, WIDTH: constexpr, EVEN: constexpr, S: constexpr):
     """Rows [start, start + BLOCK) of one head, zero outside; None for an absent tensor.
 
     Args:
@@ -156,8 +161,8 @@ def load(base, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, 
     if base is None:
         return
     else:
-        SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
-        BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+        SIZE: constexpr = S.D if WIDTH == "D" else S.E
+        BLOCK_W: constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
         addresses = _addresses(base, start, strides, BLOCK, WIDTH, S)
         if EVEN and SIZE == BLOCK_W:
             return tl.load(addresses)
@@ -168,12 +173,10 @@ def load(base, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def store(
-    base, x, start, count, strides, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, S: tl.constexpr
-):
+def store(base, x, start, count, strides, BLOCK: constexpr, WIDTH: constexpr, EVEN: constexpr, S: constexpr):
     """Write ``x`` to the rows [start, start + BLOCK) of one head, where they exist, in the tensor's dtype."""
-    SIZE: tl.constexpr = S.D if WIDTH == "D" else S.E
-    BLOCK_W: tl.constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
+    SIZE: constexpr = S.D if WIDTH == "D" else S.E
+    BLOCK_W: constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
     addresses = _addresses(base, start, strides, BLOCK, WIDTH, S)
     x = x.to(base.dtype.element_ty)
     if EVEN and SIZE == BLOCK_W:
@@ -183,7 +186,7 @@ def store(
 
 
 @triton.jit
-def load_row(base, start, count, other, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+def load_row(base, start, count, other, BLOCK: constexpr, EVEN: constexpr):
     """Row statistics of the rows [start, start + BLOCK) of one head, ``other`` where there is no row."""
     rows = start + tl.arange(0, BLOCK)
     if EVEN:  # N, and with it every address, divides by BLOCK: 16 bytes at a time
@@ -193,7 +196,7 @@ def load_row(base, start, count, other, BLOCK: tl.constexpr, EVEN: tl.constexpr)
 
 
 @triton.jit
-def store_row(base, x, start, count, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+def store_row(base, x, start, count, BLOCK: constexpr, EVEN: constexpr):
     """Write a row statistic."""
     rows = start + tl.arange(0, BLOCK)
     if EVEN:

@@ -6,6 +6,8 @@ the same bits. What is not wanted is not compiled in.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Size, Tensor
@@ -16,12 +18,12 @@ from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, row_range
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.softmax import left_operand, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, coordinates, load, store
+from theria.ops.triton.tensors import at, constexpr, coordinates, load, store
 from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def _dq_step(acc, rows, keys, common, row, col, edge, S: tl.constexpr):
+def _dq_step(acc, rows, keys, common, row, col, edge, S: constexpr):
     """One tile of keys: adds dS K."""
     q, do, pivots, delta = rows
     k_at, v_at = keys
@@ -37,7 +39,7 @@ def _dq_step(acc, rows, keys, common, row, col, edge, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, strides, call, S: tl.constexpr):
+def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, strides, call, S: constexpr):
     """dQ (8) of one block of rows."""
     blocks = tl.cdiv(call.N, S.BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -64,7 +66,7 @@ def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, strides, call, S: tl.const
 @triton.jit
 def _dkv_step(
     acc_k, acc_v, keys, rows, common, row, col,
-    edge, DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
+    edge, DK: constexpr, DV: constexpr, S: constexpr,
 ):  # fmt: skip
     """One tile of rows: adds dSᵀQ and P̃ᵀdO. Tiles of scores are (keys, rows)."""
     k, v = keys
@@ -85,7 +87,7 @@ def _dkv_step(
 
 
 @triton.jit
-def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: tl.constexpr, DV: tl.constexpr, S: tl.constexpr):
+def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: constexpr, DV: constexpr, S: constexpr) -> Any:
     """What the rows of one query head add to a block of keys."""
     q, do, stats = rows
     mask, seed, strides, head, lead, call = common
@@ -100,10 +102,10 @@ def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: tl.constexpr, DV: tl.co
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def vjp_dkv_kernel(q, k, v, mask, seed, do, dk, dv, stats, strides, call, S: tl.constexpr):
+def vjp_dkv_kernel(q, k, v, mask, seed, do, dk, dv, stats, strides, call, S: constexpr):
     """dK (8) and dV (7) of one block of keys; with S.GROUPED summed over the query heads of a key head."""
-    DK: tl.constexpr = dk is not None
-    DV: tl.constexpr = dv is not None
+    DK: constexpr = dk is not None
+    DV: constexpr = dv is not None
     blocks = tl.cdiv(call.M, S.BLOCK_N)
     first = tl.program_id(0) // blocks
     col = (tl.program_id(0) % blocks) * S.BLOCK_N
