@@ -186,4 +186,4 @@ def test_seed_names_run_on_the_kernels() -> None:
     ]
     found = [out, m + l.log(), *grads, to, tau]
     assert difference([a.cpu().double() for a in found], expected) <= TRITON_F32
-    assert sdpa(*x, backend="triton_full_fused").equal(out)
+    assert sdpa(q, k, v, backend="triton_full_fused").equal(out)

@@ -287,7 +287,8 @@ def test_auto_never_picks_the_interpreter() -> None:
 def test_auto_picks_the_kernels_where_they_can() -> None:
     x = make_sample().to(torch.float32, "cuda").x
     assert explain(*x).backend == "triton"
-    assert explain(*(a.double() for a in x)).backend == "custom"
+    q, k, v = (a.double() for a in x)
+    assert explain(q, k, v).backend == "custom"
     bias: Any = torch.zeros(5, 7, device="cuda", requires_grad=True)
     assert explain(*x, bias).backend == "custom"
     assert explain(*x, bias.detach()).backend == "triton"

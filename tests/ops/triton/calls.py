@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +24,15 @@ def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
 
-def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, p: float = 0.0, **options) -> Call:
+def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, p: float = 0.0, **options: Any) -> Call:
     """A call in canonical form; ``options`` are fields of AttentionSpec."""
-    spec = AttentionSpec("triton", **({"scale": default_scale(q.shape[-1])} | options), dropout_p=p)
+    fields: dict[str, Any] = {"scale": default_scale(q.shape[-1])} | options
+    spec = AttentionSpec("triton", **fields, dropout_p=p)
     ops = Operands(q, k, v, mask, None)
     return with_dropout(ops, spec, 7) if p else (ops, spec)
 
 
-def random_call(N: int, M: int, D: int, E: int, lead=(2,), dtype=torch.float32, mask=None, **options) -> Call:
+def random_call(N: int, M: int, D: int, E: int, lead=(2,), dtype=torch.float32, mask=None, **options: Any) -> Call:
     q, k, v = (make(*lead, *shape, dtype=dtype) for shape in ((N, D), (M, D), (M, E)))
     return call(q, k, v, mask, **options)
 

@@ -16,7 +16,8 @@ from theria.testing import difference, make_sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BF16 = 1e-2  # of bfloat16 results, far above their rounding (3e-3) and far below anything wrong
-fused = partial(sdpa, backend="triton")
+fused: Callable[..., Tensor] = partial(sdpa, backend="triton")
+truth: Callable[..., Tensor] = partial(sdpa, backend="reference")
 SHAPES = pytest.mark.parametrize("shape", [(2, 3, 40, 16), (2, 3, 200, 64)], ids=["short", "long"])
 
 Everything = Callable[[list[Tensor]], list[Tensor]]
@@ -95,7 +96,7 @@ def test_more_heads_than_a_grid_has_rows(keys: int) -> None:
     second = torch.autograd.grad(first, leaves, t)
     part = slice(heads - 3, heads)
     own = [a[part].detach().double().requires_grad_() for a in x]
-    exact_first = torch.autograd.grad(sdpa(*own, backend="reference"), own, do[part].double(), create_graph=True)
+    exact_first = torch.autograd.grad(truth(*own), own, do[part].double(), create_graph=True)
     exact = torch.autograd.grad(exact_first, own, [a[part].double() for a in t])
     assert difference([a[part] for a in (*first, *second)], (*exact_first, *exact)) <= BF16
 

@@ -142,7 +142,7 @@ def reverse_over_reverse(attend: Any) -> Any:
 
 
 def explicit(attend: Any) -> Any:
-    return lambda *x: sdpa_hvp(*x, SAMPLE.do, *SAMPLE.t, **attend.keywords)
+    return lambda q, k, v: sdpa_hvp(q, k, v, SAMPLE.do, *SAMPLE.t, **attend.keywords)
 
 
 COMPOSED = [forward_over_reverse, of_one_operand, gradient, mapped_gradient, reverse_over_reverse, explicit]
@@ -195,7 +195,7 @@ def test_a_compiled_graph_keeps_the_operators_whole() -> None:
 
 def test_one_graph_serves_other_lengths() -> None:
     def gradient(*x: Tensor) -> Any:
-        return grad(lambda *x: sdpa(*x, backend="triton").sin().sum(), (0, 1, 2))(*x)
+        return grad(lambda q, k, v: sdpa(q, k, v, backend="triton").sin().sum(), (0, 1, 2))(*x)
 
     compiled = torch.compile(gradient, fullgraph=True, backend=COMPILERS[0], dynamic=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from theria.testing import COMPOSITIONS, difference, make_sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = 2e-6  # what float32 "highest" may be off float64
+fused: Callable[..., Tensor] = partial(sdpa, backend="triton")
+truth: Callable[..., Tensor] = partial(sdpa, backend="reference")
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +27,6 @@ def no_plans(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     own: dict[Any, Any] = {}
     monkeypatch.setattr(plans, "_plans", own)
     return own
-
-
-def fused(*x: Tensor, **options: Any) -> Tensor:
-    return sdpa(*x, backend="triton", **options)
-
-
-def truth(*x: Tensor, **options: Any) -> Tensor:
-    return sdpa(*x, backend="reference", **options)
 
 
 def check(composition: str, draw: int, sizes: tuple[int, int] = (5, 7), **options: Any) -> None:
@@ -45,6 +41,7 @@ def check(composition: str, draw: int, sizes: tuple[int, int] = (5, 7), **option
 def test_a_replay_computes_with_the_tensors_it_is_given(
     composition: str, sizes: tuple[int, int], no_plans: dict[Any, Any]
 ) -> None:
+    made: dict[Any, Any] = {}
     for seed in range(3):
         check(composition, seed, sizes)
         if seed == 0:
@@ -84,14 +81,15 @@ def test_what_copies_or_sums_is_run_again(no_plans: dict[Any, Any]) -> None:
 
 
 def test_options_and_layouts_have_plans_of_their_own() -> None:
+    each: list[dict[str, Any]] = [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"dropout_p": 0.3, "seed": 1},
+        {"dropout_p": 0.3, "seed": 2},
+    ]
     for _ in range(2):
-        for options in (
-            {},
-            {"is_causal": True},
-            {"scale": 0.3},
-            {"dropout_p": 0.3, "seed": 1},
-            {"dropout_p": 0.3, "seed": 2},
-        ):
+        for options in each:
             check("backward", 0, **options)
         q, k, v = make_sample((2, 3), 5, 7, 4, 4).to(torch.float32, DEVICE).x
         turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]

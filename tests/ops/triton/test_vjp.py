@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -30,16 +31,17 @@ MOVING = [(s, causal) for s in SHAPES for causal in (False, True) if s[1] > 1 an
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def run(ops, spec, wanted=ALL, do=None, rule=vjp):
+def run(ops, spec, wanted=ALL, do=None, rule=vjp) -> Any:
     """What the rule and the reference say of dq, dk, dv, from the kernel's own o and lse."""
     o, lse = forward(ops, spec)
     do = make(*o.shape, dtype=o.dtype) if do is None else do
-    shapes = (*(x.shape if want else None for x, want in zip(ops[:3], wanted, strict=True)), None)
+    q, k, v = (x.shape if want else None for x, want in zip(ops[:3], wanted, strict=True))
+    shapes = (q, k, v, None)
     truth = reference.vjp(exact(ops), o, lse, do.double(), spec, shapes)
     return rule(ops, o, lse, do, spec, shapes), truth
 
 
-def check(ops, spec, wanted=ALL, do=None, tolerance=0.0):
+def check(ops, spec, wanted=ALL, do=None, tolerance=0.0) -> Any:
     actual, truth = run(ops, spec, wanted, do)
     for x, x64 in zip(actual, truth, strict=True):
         assert (x is None) == (x64 is None)
@@ -184,6 +186,8 @@ def test_strided_inputs_are_read_in_place(monkeypatch):
     grads = vjp(ops, o, lse, do, spec, (q.shape, k.shape, v.shape, None))
     truth = reference.vjp(exact(ops), o, lse, do.double(), spec, (q.shape, k.shape, v.shape, None))
     for x, x64, like in zip(grads[:3], truth[:3], (q, k, v), strict=True):
+        assert x is not None
+        assert x64 is not None
         assert x.stride() == like.stride()
         assert error(x, x64) <= TOLERANCE[x.dtype]
 
@@ -215,12 +219,15 @@ def test_row_stats():
 def test_it_is_the_adjoint_of_the_jvp():
     """⟨w, J t⟩ = ⟨Jᵀ w, t⟩ with the exact jvp of the float64 reference."""
     ops, spec = random_call(20, 70, 8, 5, is_causal=True)
-    w, t = make(2, 20, 5), Tangents(*(make(*x.shape) for x in ops[:3]))
+    w, t = make(2, 20, 5), [make(*x.shape) for x in ops[:3]]
     o, lse = forward(ops, spec)
-    grads = vjp(ops, o, lse, w, spec, (*(x.shape for x in ops[:3]), None))
-    to, _ = reference.jvp(exact(ops), o, lse, Tangents(*(x.double() for x in t[:3])), spec)
+    grads = vjp(ops, o, lse, w, spec, (ops.q.shape, ops.k.shape, ops.v.shape, None))
+    to, _ = reference.jvp(exact(ops), o, lse, Tangents(*(x.double() for x in t)), spec)
     left = (w.double() * to).sum()
-    parts = [(g.double() * x.double()).sum() for g, x in zip(grads[:3], t[:3], strict=True)]
+    parts = []
+    for g, x in zip(grads[:3], t, strict=True):
+        assert g is not None
+        parts.append((g.double() * x.double()).sum())
     assert abs(left - sum(parts)) <= TOLERANCE[torch.float32] * sum(abs(x) for x in parts)
 
 

@@ -112,7 +112,9 @@ def test_layouts_give_what_contiguous_copies_give(name: str) -> None:
     x = [layouts[name](rand(2, 2, 6, 4)) for _ in range(3)]
     copies = [a.contiguous() for a in x]
     do, t = rand(2, 2, 3, 4), copies[::-1]
-    results = [sdpa_hvp(*y, layouts[name](rand(2, 2, 6, 4)) * 0 + do, *t, backend="triton") for y in (x, copies)]
+    results = [
+        sdpa_hvp(q, k, v, layouts[name](rand(2, 2, 6, 4)) * 0 + do, *t, backend="triton") for q, k, v in (x, copies)
+    ]
     assert all(a.equal(b) for a, b in zip(*results, strict=True))
 
 
