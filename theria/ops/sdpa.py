@@ -75,8 +75,8 @@ def prepare(
     known = None
     if attn_mask is None and seed is None and dropout_p == 0.0:
         known = _signature(query, key, value, is_causal, scale, enable_gqa, backend)
-        if known in _prepared:
-            layout, spec = _prepared[known]
+        if known is not None and (decided := _prepared.get(known)) is not None:  # one look: other threads clear it
+            layout, spec = decided
             q, k, v = layout.enter(query, grouped=True), *(layout.enter(x, grouped=False) for x in (key, value))
             return Prepared(layout, Operands(q, k, v, None, None), spec)  # type: ignore[arg-type]
     checks.check_inputs(query, key, value, attn_mask, enable_gqa)

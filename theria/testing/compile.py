@@ -186,7 +186,7 @@ def main() -> None:
     for key in configurations(args.arch, args.kernels):
         made, faults = check(key)
         bad += bool(faults)
-        origin = "measured" if measured(key) else "default"
+        origin = "table" if measured(key) else "default"
         figures = " + ".join(f"{x.registers} registers, {x.shared} bytes, {x.wgmma} wgmma" for x in made)
         print(
             f"{'BAD ' if faults else 'ok  '}{origin} {tuple(key)} {tuple(lookup(key))}: {'; '.join(faults) or figures}",

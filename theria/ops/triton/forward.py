@@ -11,7 +11,7 @@ from torch import Tensor
 from theria.ops.operands import AttentionSpec, Operands
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
-from theria.ops.triton.masks import key_range, mask_scores
+from theria.ops.triton.masks import key_range, mask_scores, own_rows
 from theria.ops.triton.softmax import LN2, LOG2E, left_operand, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, store, store_row
 from theria.ops.triton.tiles import select
@@ -47,12 +47,7 @@ def _step(acc, total, top, q, keys, common, row, col, edge, S: constexpr):
 @triton.jit(do_not_specialize=["strides", "call"])
 def forward_kernel(q, k, v, mask, seed, o, lse, strides, call, S: constexpr):
     """``o`` (*L, N, E) and ``lse`` (*L, N) of one block of rows."""
-    blocks = tl.cdiv(call.N, S.BLOCK_M)
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    if S.CAUSAL:  # the longest first
-        block = blocks - 1 - block
-    row = block * S.BLOCK_M
+    head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))

@@ -6,21 +6,18 @@ the same bits. Work is ordered so that few tiles of the size of the scores are a
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
+from theria.ops.triton.cotangents import cotangents
 from theria.ops.triton.dropout import drop, keep_factor
-from theria.ops.triton.launch import Frame, launch
-from theria.ops.triton.masks import key_range, row_range
+from theria.ops.triton.launch import Frame
+from theria.ops.triton.masks import key_range, own_rows, row_range
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.softmax import left_operand, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, constexpr, coordinates, load, store
-from theria.ops.triton.tiles import select
+from theria.ops.triton.tensors import at, constexpr, coordinates, device, load, store
 
 
 @triton.jit
@@ -70,12 +67,7 @@ def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: conste
 @triton.jit(do_not_specialize=["strides", "call"])
 def hvp_dq_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, strides, call, S: constexpr):
     """tdQ (17) of one block of rows."""
-    blocks = tl.cdiv(call.N, S.BLOCK_M)
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    if S.CAUSAL:  # the longest first
-        block = blocks - 1 - block
-    row = block * S.BLOCK_M
+    head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
@@ -97,7 +89,7 @@ def hvp_dq_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, strides, 
     store(at(dq, strides.dq, lead, S.VEC), acc * call.scale, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, S)
 
 
-@triton.jit
+@device
 def _dkv_step(
     acc_k,
     acc_v,
@@ -140,14 +132,14 @@ def _dkv_step(
     return acc_k, acc_v
 
 
-@triton.jit
-def _dkv_head(acc_k, acc_v, k, tk, v, tv, rows, common, col, DK: constexpr, DV: constexpr, S: constexpr) -> Any:
+@device
+def _dkv_head(acc_k, acc_v, k, tk, v, tv, rows, common, col, DK: constexpr, DV: constexpr, S: constexpr):
     """What the rows of one query head add to a block of keys."""
     mask, seed, strides, head, lead, call = common
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
     common = (mask, seed, strides, head, lead, call)
-    start, plain = row_range(col, call, S)  # pyright: ignore[reportGeneralTypeIssues]
+    start, plain = row_range(col, call, S)
     for row in range(start, call.N, S.BLOCK_M):
         acc_k, acc_v = _dkv_step(acc_k, acc_v, k, tk, v, tv, rows, common, row, col, row < plain, DK, DV, S)
     return acc_k, acc_v
@@ -206,35 +198,4 @@ def hvp(
     """tdq, tdk, tdv, None; see :func:`theria.ops.reference.hvp`."""
     frame = Frame(ops, spec, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
     stats = row_stats(frame, lse, tau)
-    dq = _dq(frame, stats, shapes[0])
-    dk, dv = _dkv(frame, stats, shapes[1], shapes[2])
-    return dq, dk, dv, None
-
-
-def _dq(frame: Frame, stats: Tensor, shape: torch.Size | None) -> Tensor | None:
-    if shape is None:
-        return None
-    dq = frame.new_cotangent("dq", shape)
-    tile = select("hvp_dq", frame)
-    tensors, strides, call, static = frame.describe((*READS, "dq"), tile)
-    programs = -(-frame.N // tile.rows) * frame.heads
-    launch(hvp_dq_kernel, programs, frame, (*tensors, stats, strides, call), static, tile)
-    return frame.finish(dq, shape)
-
-
-def _dkv(
-    frame: Frame, stats: Tensor, dk_shape: torch.Size | None, dv_shape: torch.Size | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if dk_shape is None and dv_shape is None:
-        return None, None
-    tile = select("hvp_dkv", frame)
-    if tile.split and dk_shape is not None and dv_shape is not None:
-        return _dkv(frame, stats, dk_shape, None)[0], _dkv(frame, stats, None, dv_shape)[1]
-    grouped = frame.sums_last(dk_shape, dv_shape)
-    dk, dv = frame.new_cotangent("dk", dk_shape, grouped), frame.new_cotangent("dv", dv_shape, grouped)
-    written = tuple(name for name, x in (("dk", dk), ("dv", dv)) if x is not None)
-    tensors, strides, call, static = frame.describe((*READS, *written), tile, grouped)
-    programs = -(-frame.M // tile.keys) * (frame.heads // frame.lead[-1] if grouped else frame.heads)
-    arguments = (*tensors[: len(READS)], dk, dv, stats, strides, call)
-    launch(hvp_dkv_kernel, programs, frame, arguments, static, tile)
-    return frame.finish(dk, dk_shape), frame.finish(dv, dv_shape)
+    return cotangents("hvp", (hvp_dq_kernel, hvp_dkv_kernel), READS, frame, stats, shapes)

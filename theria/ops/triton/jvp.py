@@ -9,7 +9,7 @@ from torch import Tensor
 from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
-from theria.ops.triton.masks import key_range
+from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.softmax import left_operand, pivot, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
@@ -41,12 +41,7 @@ def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: constexpr):
 @triton.jit(do_not_specialize=["strides", "call"])
 def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, S: constexpr):
     """``to`` (*L, N, E) and ``tau`` (*L, N) of one block of rows."""
-    blocks = tl.cdiv(call.N, S.BLOCK_M)
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    if S.CAUSAL:  # the longest first
-        block = blocks - 1 - block
-    row = block * S.BLOCK_M
+    head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))

@@ -9,7 +9,7 @@ from torch import Tensor
 from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
-from theria.ops.triton.masks import key_range
+from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.softmax import pivot, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store
 from theria.ops.triton.tiles import select
@@ -92,12 +92,7 @@ def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common,
 def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, ttv, to,
                    lse, tau1, tau2, strides, call, S: constexpr):  # fmt: skip
     """``to`` (*L, N, E), the mixed tangent, of one block of rows."""
-    blocks = tl.cdiv(call.N, S.BLOCK_M)
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    if S.CAUSAL:  # the longest first
-        block = blocks - 1 - block
-    row = block * S.BLOCK_M
+    head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))

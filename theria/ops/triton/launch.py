@@ -32,8 +32,8 @@ Layout = tuple[str, Sequence[int], Sequence[int]]  # name, shape, strides
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products are computed: float32 follows ``torch.get_float32_matmul_precision()``."""
-    return PRECISIONS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
+    """How products are computed: float32 follows PyTorch's setting (:func:`plans.matmul_precision`)."""
+    return PRECISIONS[plans.matmul_precision()] if dtype == torch.float32 else "ieee"
 
 
 def power_of_two(n: int) -> int:

@@ -107,7 +107,10 @@ def operator(new: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 
 def plain_tensors(args: Sequence[Any]) -> tuple[list[Tensor] | None, list[int] | None]:
-    """The tensors among the arguments of a rule and their addresses; None where one has no memory of its own."""
+    """The tensors among the arguments of a rule and their addresses; None where the memory of one is not what it holds.
+
+    The dispatcher makes plain tensors of such ones.
+    """
     tensors: list[Tensor] = []
     for x in args:
         if isinstance(x, Tensor):
@@ -115,12 +118,15 @@ def plain_tensors(args: Sequence[Any]) -> tuple[list[Tensor] | None, list[int] |
         elif isinstance(x, (Operands, Tangents)):
             tensors += [y for y in x if y is not None]
     for x in tensors:
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        # the memory of a negative view (the imaginary part of a conjugate) has the other sign
+        if (type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.is_neg():
             return None, None
     try:
-        return tensors, [x.data_ptr() for x in tensors]
+        addresses = [x.data_ptr() for x in tensors]
     except RuntimeError:  # mapped by is_grads_batched, whose tensors are of no type of their own
         return None, None
+    # without an address are tensors of no element and forward mode's zeros, which have no memory
+    return (None, None) if 0 in addresses else (tensors, addresses)
 
 
 def _flat(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,10 +7,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from theria.ops.triton.tensors import at, constexpr
+from theria.ops.triton.tensors import at, constexpr, device
 
 
-@triton.jit
+@device
 def _positions(row, col, TRANSPOSED: constexpr, S: constexpr) -> Any:
     """Rows and columns of the tile at (row, col), along its dimensions."""
     rows = row + tl.arange(0, S.BLOCK_M)
@@ -44,7 +44,7 @@ def mask_scores(
             for such tiles costs more than the branch (its pipeline starts anew, and its registers count too).
     """
     if mask is not None:
-        rows, cols = _positions(row, col, TRANSPOSED, S)  # pyright: ignore[reportGeneralTypeIssues]
+        rows, cols = _positions(row, col, TRANSPOSED, S)
         entries = at(mask, strides.mask, lead, 1)
         entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
         exists = (rows < call.N) & (cols < call.M)
@@ -54,12 +54,23 @@ def mask_scores(
             x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
     if S.CAUSAL or not S.EVEN_M:  # noqa: SIM102 - decided as it is compiled, the next as it runs
         if edge:
-            rows, cols = _positions(row, col, TRANSPOSED, S)  # pyright: ignore[reportGeneralTypeIssues]
+            rows, cols = _positions(row, col, TRANSPOSED, S)
             if not S.EVEN_M:
                 x = tl.where(cols < call.M, x, float("-inf"))
             if S.CAUSAL:
                 x = tl.where(rows >= cols, x, float("-inf"))
     return x
+
+
+@device
+def own_rows(call, S: constexpr):
+    """(head, first row) of this program; the blocks of a head that see the most keys come first."""
+    blocks = tl.cdiv(call.N, S.BLOCK_M)
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if S.CAUSAL:
+        block = blocks - 1 - block
+    return head, block * S.BLOCK_M
 
 
 @triton.jit
@@ -74,7 +85,7 @@ def key_range(row, call, S: constexpr):
     return plain, end
 
 
-@triton.jit
+@device
 def row_range(col, call, S: constexpr):
     """(start, plain) for the keys from ``col``: no row before ``start`` sees them; the diagonal crosses no tile of rows
     from ``plain`` on. Both are multiples of BLOCK_M."""

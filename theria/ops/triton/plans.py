@@ -41,6 +41,7 @@ class Recording:
         self.whole = True  # nothing else was done
 
     def allocate(self, x: Tensor) -> None:
+        self.whole = self.whole and x.data_ptr() not in self.slots  # as tensors of no element are
         self.slots[x.data_ptr()] = len(self.slots)
         self.allocated.append(x)
 
@@ -92,7 +93,16 @@ class Plan:
 
 
 _plans: dict[Any, Plan | None] = {}
+_UNKNOWN: Any = object()  # no plan was tried
 _current = threading.local()
+
+
+def matmul_precision() -> str:
+    """``torch.get_float32_matmul_precision()``, also where it refuses to tell."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch.backends.*.fp32_precision, which the older name does not know
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def recording() -> Recording | None:
@@ -126,13 +136,13 @@ def replayed(rule: Callable[..., Any], args: Sequence[Any], tensors: list[Tensor
     key = (
         rule,
         device,
-        torch.get_float32_matmul_precision(),
+        matmul_precision(),
         *[(x.shape, x.stride(), x.dtype, address & 15) for x, address in zip(tensors, addresses, strict=True)],
         *[_without_tensors(x) for x in args],
     )
-    if key not in _plans:
+    plan = _plans.get(key, _UNKNOWN)  # one look: another thread may clear them
+    if plan is _UNKNOWN:
         return _record(rule, args, tensors, device, key)
-    plan = _plans[key]
     return rule(*args) if plan is None else plan.run(tensors, addresses)
 
 

@@ -22,7 +22,7 @@ from theria.ops.triton.packed import (
     transposed,
 )
 from theria.ops.triton.softmax import pivot, probabilities, product
-from theria.ops.triton.tensors import at, constexpr
+from theria.ops.triton.tensors import at, constexpr, device
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
     return acc_k, acc_v
 
 
-@triton.jit
+@device
 def _program(total, call, PACK: constexpr, S: constexpr) -> Any:
     """First head of this program, and how many blocks of rows it walks over."""
     first = tl.program_id(0) * PACK
@@ -172,7 +172,7 @@ def _program(total, call, PACK: constexpr, S: constexpr) -> Any:
 def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, total,
                      PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
     """All of (5)-(8) for the heads of one program."""
-    first, blocks, count = _program(total, call, PACK, S)  # pyright: ignore[reportGeneralTypeIssues]
+    first, blocks, count = _program(total, call, PACK, S)
     lead = coordinates(first, call, FLAT)
     k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
     v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
@@ -195,7 +195,7 @@ def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, to
 def second_short_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, to, dq, dk, dv, lse, tau, strides, call, total,
                         PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
     """All of (10)-(18) for the heads of one program."""
-    first, blocks, count = _program(total, call, PACK, S)  # pyright: ignore[reportGeneralTypeIssues]
+    first, blocks, count = _program(total, call, PACK, S)
     lead = coordinates(first, call, FLAT)
     k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
     v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)

@@ -10,16 +10,22 @@ computed from it is not compiled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:  # to a type checker what a kernel is compiled for is a value like any other
+if TYPE_CHECKING:  # what a kernel is compiled for is a value like any other, what it calls a function like any other
     from typing import Any as constexpr
+
+    def device(function: Callable[..., Any]) -> Callable[..., Any]: ...
+
 else:
     from triton.language import constexpr
+
+    device = triton.jit
 
 
 class Strides(NamedTuple):

@@ -6,20 +6,18 @@ the same bits. What is not wanted is not compiled in.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from torch import Size, Tensor
+from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes
+from theria.ops.triton.cotangents import cotangents
 from theria.ops.triton.dropout import drop, keep_factor
-from theria.ops.triton.launch import Frame, launch
-from theria.ops.triton.masks import key_range, row_range
+from theria.ops.triton.launch import Frame
+from theria.ops.triton.masks import key_range, own_rows, row_range
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.softmax import left_operand, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, constexpr, coordinates, load, store
-from theria.ops.triton.tiles import select
+from theria.ops.triton.tensors import at, constexpr, coordinates, device, load, store
 
 
 @triton.jit
@@ -41,12 +39,7 @@ def _dq_step(acc, rows, keys, common, row, col, edge, S: constexpr):
 @triton.jit(do_not_specialize=["strides", "call"])
 def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, strides, call, S: constexpr):
     """dQ (8) of one block of rows."""
-    blocks = tl.cdiv(call.N, S.BLOCK_M)
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    if S.CAUSAL:  # the longest first
-        block = blocks - 1 - block
-    row = block * S.BLOCK_M
+    head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
@@ -86,8 +79,8 @@ def _dkv_step(
     return acc_k, acc_v
 
 
-@triton.jit
-def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: constexpr, DV: constexpr, S: constexpr) -> Any:
+@device
+def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: constexpr, DV: constexpr, S: constexpr):
     """What the rows of one query head add to a block of keys."""
     q, do, stats = rows
     mask, seed, strides, head, lead, call = common
@@ -140,35 +133,4 @@ def vjp(
     """dq, dk, dv, None; see :func:`theria.ops.reference.vjp`."""
     frame = Frame(ops, spec, o=o, do=do)
     stats = row_stats(frame, lse)
-    dq = _dq(frame, stats, shapes[0])
-    dk, dv = _dkv(frame, stats, shapes[1], shapes[2])
-    return dq, dk, dv, None
-
-
-def _dq(frame: Frame, stats: Tensor, shape: Size | None) -> Tensor | None:
-    if shape is None:
-        return None
-    dq = frame.new_cotangent("dq", shape)
-    tile = select("vjp_dq", frame)
-    tensors, strides, call, static = frame.describe((*READS, "dq"), tile)
-    programs = -(-frame.N // tile.rows) * frame.heads
-    launch(vjp_dq_kernel, programs, frame, (*tensors, stats, strides, call), static, tile)
-    return frame.finish(dq, shape)
-
-
-def _dkv(
-    frame: Frame, stats: Tensor, dk_shape: Size | None, dv_shape: Size | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if dk_shape is None and dv_shape is None:
-        return None, None
-    tile = select("vjp_dkv", frame)
-    if tile.split and dk_shape is not None and dv_shape is not None:
-        return _dkv(frame, stats, dk_shape, None)[0], _dkv(frame, stats, None, dv_shape)[1]
-    grouped = frame.sums_last(dk_shape, dv_shape)
-    dk, dv = frame.new_cotangent("dk", dk_shape, grouped), frame.new_cotangent("dv", dv_shape, grouped)
-    written = tuple(name for name, x in (("dk", dk), ("dv", dv)) if x is not None)
-    tensors, strides, call, static = frame.describe((*READS, *written), tile, grouped)
-    programs = -(-frame.M // tile.keys) * (frame.heads // frame.lead[-1] if grouped else frame.heads)
-    arguments = (*tensors[: len(READS)], dk, dv, stats, strides, call)
-    launch(vjp_dkv_kernel, programs, frame, arguments, static, tile)
-    return frame.finish(dk, dk_shape), frame.finish(dv, dv_shape)
+    return cotangents("vjp", (vjp_dq_kernel, vjp_dkv_kernel), READS, frame, stats, shapes)
