@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,8 @@ from theria.testing import difference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = 2e-6  # what float32 "highest" may be off float64
 fused: Callable[..., Tensor] = partial(sdpa, backend="triton")
+neg_view: Callable[..., Tensor] = torch.ops.aten._neg_view.default
+zeros_without_memory: Callable[..., Tensor] = torch.ops.aten._efficientzerotensor.default
 truth: Callable[..., Tensor] = partial(sdpa, backend="reference")
 
 
@@ -47,12 +48,12 @@ def test_negative_views_have_their_sign(width: int) -> None:
     """The imaginary part of a conjugate shares memory with its negative; with width 1 nothing else asks for a copy."""
     q, k, v = make(2, 2, 3, 4), make(2, 2, 5, 4), make(2, 2, 5, width)
     fused(q, k, v)  # a layout that is then replayed
-    for negative in (torch._neg_view(v), torch.complex(v, v).conj().imag):
+    for negative in (neg_view(v), torch.complex(v, v).conj().imag):
         assert negative.is_neg()
         assert error(fused(q, k, negative), truth(q.double(), k.double(), -v.double())) <= FLOAT32
     do = make(2, 2, 3, width)
     for mine, exact in zip(
-        sdpa_vjp(q, k, v, torch._neg_view(do), backend="triton"),
+        sdpa_vjp(q, k, v, neg_view(do), backend="triton"),
         sdpa_vjp(*(x.double() for x in (q, k, v, -do)), backend="reference"),
         strict=True,
     ):
@@ -62,7 +63,7 @@ def test_negative_views_have_their_sign(width: int) -> None:
 def test_zeros_without_memory_are_zeros() -> None:
     """Forward mode makes such tensors; a kernel must not be given their address."""
     q, k, v, do = make(1, 2, 3, 4), make(1, 2, 5, 4), make(1, 2, 5, 4), make(1, 2, 3, 4)
-    nothing = torch._efficientzerotensor(q.shape, device=DEVICE)
+    nothing = zeros_without_memory(q.shape, device=DEVICE)
     still = torch.zeros_like(q)
     for _ in range(2):
         assert fused(nothing, k, v).equal(fused(still, k, v))
@@ -97,25 +98,17 @@ def test_the_precision_of_products_may_be_set_by_its_newer_names() -> None:
     assert error(fused(q, k, v), exact) <= FLOAT32
 
 
-def test_threads_that_clear_each_other_s_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_plans", {})
-    monkeypatch.setattr(plans, "MAXIMUM", 1)
-    calls = [(make(1, 1, rows, 4), make(1, 1, 5, 4), make(1, 1, 5, 4)) for rows in (2, 3)]
-    exact = [truth(*(x.double() for x in call)) for call in calls]
-    found: list[float] = []
+class ClearedByAnother(dict[Any, Any]):
+    """Plans that another thread clears as soon as this one has looked. (Triton's interpreter has no threads.)"""
 
-    def work() -> None:
-        found.extend(error(fused(*calls[i % 2]), exact[i % 2]) for i in range(8))
+    def __contains__(self, key: object) -> bool:
+        found = super().__contains__(key)
+        self.clear()
+        return found
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=work) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert len(found) == 16
-    assert max(found) <= FLOAT32
+
+def test_plans_may_be_cleared_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_plans", ClearedByAnother())
+    call = make(1, 1, 3, 4), make(1, 1, 5, 4), make(1, 1, 5, 4)
+    first = fused(*call)
+    assert fused(*call).equal(first)
