@@ -312,6 +312,14 @@ def test_bicgstab_reports_its_breakdown_where_gmres_solves():
     close(GMRES().solve(times(A), b).value, torch.linalg.solve(A, b))
 
 
+def test_gmres_keeps_its_basis_orthogonal():
+    """Gram-Schmidt once loses it with this spectrum: the residual then stays 40 times above the tolerance."""
+    A, _ = symmetric(torch.logspace(-9, 0, 40))
+    b = randn(40)
+    solution = GMRES(rtol=1e-6, restart=40, max_iterations=40).solve(times(A), b)
+    assert solution.residual <= 1e-6 * torch.linalg.vector_norm(b)
+
+
 def test_gmres_restarted_stagnates_on_a_shift_and_says_so():
     """On a cyclic shift GMRES makes no progress before iteration n (Nachtigal, Reddy and Trefethen 1992)."""
     b = torch.eye(8, dtype=torch.float64)[0]
@@ -694,3 +702,12 @@ def test_every_result_says_what_to_do():
     assert len({result.advice for result in Result}) == len(Result) == 5
     assert [int(r) for r in Result] == [0, 1, 2, 3, 4]
     assert isinstance(SolverError(Result.breakdown, 1.0, 3), RuntimeError)
+
+
+@parametrize({"CG": CG(max_iterations=3), "Nystrom": Nystrom(3, damping=0.5)})
+def test_compiles_to_one_graph_without_throw(solver):
+    A, _ = symmetric(torch.linspace(0.6, 1.5, 5))
+    b = randn(5)
+    compiled = torch.compile(lambda a, v: solver.solve(times(a), v, throw=False), backend="eager", fullgraph=True)
+    for got, expected in zip(compiled(A, b)[:3], solver.solve(times(A), b, throw=False)[:3], strict=True):
+        close(got, expected)

@@ -10,6 +10,7 @@ from theria.meta.solvers.loop import (
     BREAKDOWN,
     CONVERGED,
     NON_FINITE,
+    Stepped,
     Vectors,
     classify,
     epsilon,
@@ -34,7 +35,7 @@ class BiCGSTAB(IterativeSolver):
         shadow = system.residual
         shadow_size = norm(shadow)
 
-        def step(state: Vectors) -> tuple[Tensor, Vectors]:
+        def step(state: Vectors) -> Stepped:
             x, r, p, rho = state
             y = system.precondition(p)
             v = system.apply(y)

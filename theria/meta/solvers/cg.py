@@ -12,6 +12,7 @@ from theria.meta.solvers.loop import (
     CONVERGED,
     INDEFINITE,
     NON_FINITE,
+    Stepped,
     Vectors,
     classify,
     epsilon,
@@ -44,7 +45,7 @@ class CG(IterativeSolver):
     def _run(self, system: System, bound: int) -> tuple[Tensor, Tensor, Tensor]:
         eps = epsilon(system.b)
 
-        def step(state: Vectors) -> tuple[Tensor, Vectors]:
+        def step(state: Vectors) -> Stepped:
             x, r, p, rho, scale = state
             q = system.apply(p)
             curvature = p @ q
@@ -142,7 +143,7 @@ class NormalCG(LinearSolver):
     def _run(self, system: System, transpose: VectorMap, goal: Tensor, bound: int) -> tuple[Tensor, Tensor, Tensor]:
         stationary = epsilon(system.b) ** 0.75  # |A'r| / (|A| |r|) of a least-squares solution, with room for rounding
 
-        def step(state: Vectors) -> tuple[Tensor, Vectors]:
+        def step(state: Vectors) -> Stepped:
             x, r, s, p, rho, scale = state
             q = system.apply(p)
             length = torch.linalg.vector_norm(q)

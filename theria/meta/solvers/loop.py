@@ -14,7 +14,8 @@ RUNNING = -1  # beside the values of Result
 CONVERGED, MAX_ITERATIONS, BREAKDOWN, INDEFINITE, NON_FINITE = range(5)
 
 Vectors = tuple[Tensor, ...]
-Step = Callable[[Vectors], tuple[Tensor, Vectors]]  # state -> (code, new state)
+Stepped = tuple[Tensor, Vectors]  # code, new state; a name because torch.compile cannot evaluate the subscript
+Step = Callable[[Vectors], Stepped]
 
 
 def readable(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from theria.meta.solvers.loop import (
     BREAKDOWN,
     CONVERGED,
     NON_FINITE,
+    Stepped,
     Vectors,
     classify,
     epsilon,
@@ -43,7 +44,7 @@ class MINRES(IterativeSolver):
         # |A r| / (|A| |r|) of a least-squares solution, with room for the rounding of the recurrence.
         stationary = epsilon(system.b) ** 0.75
 
-        def step(state: Vectors) -> tuple[Tensor, Vectors]:
+        def step(state: Vectors) -> Stepped:
             x, v_prev, v, w_prev, w, gamma, eta, c_prev, c, s_prev, s, scale = state
             u = system.apply(v) - gamma * v_prev
             delta = v @ u

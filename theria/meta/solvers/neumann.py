@@ -10,6 +10,7 @@ from theria.meta.solvers.loop import (
     BREAKDOWN,
     CONVERGED,
     NON_FINITE,
+    Stepped,
     Vectors,
     classify,
     epsilon,
@@ -39,7 +40,7 @@ class Neumann(IterativeSolver):
         first = norm(system.residual)
         most = first / epsilon(system.b)
 
-        def step(state: Vectors) -> tuple[Tensor, Vectors]:
+        def step(state: Vectors) -> Stepped:
             x, r = state
             x = x + self.scale * system.precondition(r)
             r = system.residual - system.apply(x)
