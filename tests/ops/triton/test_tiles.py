@@ -88,7 +88,7 @@ def test_what_a_call_is_looked_up_by() -> None:
 
 def test_a_variant_without_an_entry_has_that_of_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     key = Key("hvp_dq", 64, "half", False, 90)
-    monkeypatch.delitem(TABLE, key._replace(kernel="hvp_dq_all"), raising=False)
+    monkeypatch.delitem(TABLE, ("hvp_dq_all", 64, "half", False, 90, 0), raising=False)  # put back as it is written
     monkeypatch.setitem(TABLE, key, tuple(Tile(128, 32, 8, 3)))
     assert lookup(key._replace(kernel="hvp_dq_all")) == Tile(128, 32, 8, 3)
     monkeypatch.setitem(TABLE, key._replace(kernel="hvp_dq_all"), tuple(Tile(64, 32, 4, 2)))
