@@ -18,7 +18,7 @@ from theria.ops.dropout import keep_scale, threshold
 from theria.ops.operands import AttentionSpec, Operands, Shapes, batch_shape, sum_to
 from theria.ops.triton import plans
 from theria.ops.triton.tensors import Call, Static, Strides
-from theria.ops.triton.tiles import Tile
+from theria.ops.triton.tiles import Tile, power_of_two
 
 LEADING = 4  # leading dimensions that a kernel can address
 MAX_ROW_STRIDE = 2**22  # offsets inside a tile, of at most 256 rows, are 32-bit
@@ -34,11 +34,6 @@ Layout = tuple[str, Sequence[int], Sequence[int]]  # name, shape, strides
 def precision(dtype: torch.dtype) -> str:
     """How products are computed: float32 follows PyTorch's setting (:func:`plans.matmul_precision`)."""
     return PRECISIONS[plans.matmul_precision()] if dtype == torch.float32 else "ieee"
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 @lru_cache(maxsize=4096)
@@ -217,8 +212,8 @@ def _describe(
     static = _static(
         D=D,
         E=E,
-        BLOCK_D=max(power_of_two(D), 16),
-        BLOCK_E=max(power_of_two(E), 16),
+        BLOCK_D=power_of_two(D),
+        BLOCK_E=power_of_two(E),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
         CAUSAL=spec.is_causal,

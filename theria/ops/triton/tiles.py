@@ -84,7 +84,7 @@ WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}  # one of each kind
 VARIANT = "_all"
 SHORT = "short"
-ROWS_ONLY = ("row_stats", "row_dots")  # kernels without scores
+ROWS_ONLY = ("row_stats",)  # kernels without scores
 
 _overrides: dict[str, Tile] = {}
 
