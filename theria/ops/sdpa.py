@@ -111,6 +111,8 @@ def _signature(query: Any, key: Any, value: Any, is_causal: Any, scale: Any, ena
         return None
     if enable_gqa and key.shape != value.shape:
         return None
+    if not all(type(size) is int for x in (query, key, value) for size in x.shape):
+        return None  # symbolic, while a graph is traced
     shapes, dtypes = (query.shape, key.shape, value.shape), (query.dtype, key.dtype, value.dtype)
     return *shapes, *dtypes, query.device, key.device, value.device, is_causal, scale, enable_gqa, backend
 
