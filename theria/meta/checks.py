@@ -1,12 +1,54 @@
 """Every message of the meta-learners: what was given, what is needed, what to do."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from theria.meta.adjoint import Adjoint
 
 Adapt = Callable[[str], bool] | str | Sequence[str] | None
+
+
+def check_loss_fn(loss_fn: Any) -> None:
+    """A loss is a function: parameters of its own would not be learned."""
+    if isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters()):
+        raise TypeError(
+            "loss_fn is a module with parameters, which would not be meta-parameters: give a function, and put "
+            "what is learned into the model"
+        )
+
+
+def check_tasks(chunk_size: int | None, randomness: str) -> None:
+    """How tasks run under `vmap`."""
+    if randomness not in ("error", "different", "same"):
+        raise ValueError(f"randomness={randomness!r} is not known: give 'error', 'different' or 'same'")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: give at least 1 task, or None for all at once")
+
+
+def check_inner(inner: Any, adjoint: Any) -> None:
+    """Both are values, not classes or numbers."""
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint={adjoint!r}: give a value such as MixedMode() or Unrolled()")
+    if isinstance(inner, type) or not hasattr(inner, "update"):
+        raise TypeError(f"inner={inner!r}: give an inner optimiser such as theria.meta.SGD(lr=0.1)")
+
+
+def check_positive(name: str, value: Any, hint: str) -> float:
+    """`value`, when it is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value!r}: {hint} has to be a positive finite number")
+    return float(value)
+
+
+def check_no_steps(steps: int | None, learner: str) -> int:
+    """0, when a learner without inner steps is asked for none."""
+    if steps is not None:
+        raise ValueError(f"steps={steps}: {learner} adapts in closed form and takes no inner steps; leave steps out")
+    return 0
 
 
 def check_steps(steps: Any, least: int) -> int:

@@ -16,11 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from theria.meta.optimisers import Params
 
-Predictor = Callable[[Params, Tensor], Tensor]
+Predictor = Callable[..., Tensor]  # (params, x) -> prediction; CAVIA's take a context after x
 
 
 def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
-    """The function (params, x) -> module(x) with these parameters; shared parameters are given once, by first name.
+    """The function (params, *inputs) -> module(*inputs) with these parameters.
+
+    Shared parameters are given once, by their first name.
 
     Raises:
         ValueError: an unknown `batch_norm`, or "running" where a BatchNorm layer keeps no running statistics.
@@ -33,12 +35,12 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
             if layer.running_mean is None:
                 raise ValueError(f"batch_norm='running', but layer {name!r} keeps no running statistics: give 'batch'")
 
-    def predict(params: Params, x: Tensor) -> Tensor:
+    def predict(params: Params, *inputs: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         with _statistics(module, batch_norm):
             try:
                 with _kept(module, buffers):
-                    out = functional_call(module, {**params, **buffers}, (x,))
+                    out = functional_call(module, {**params, **buffers}, inputs)
             except RuntimeError as error:
                 # What vmap says of an in-place update of something that is not mapped over.
                 if buffers and any(s in str(error) for s in ("vmap: inplace", "doesn't match the broadcast shape")):
