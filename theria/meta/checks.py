@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from theria.meta.adjoint import Adjoint
+from theria.meta.solvers.loop import readable
 
 Adapt = Callable[[str], bool] | str | Sequence[str] | None
 
@@ -42,6 +44,58 @@ def check_positive(name: str, value: Any, hint: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r}: {hint} has to be a positive finite number")
     return float(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """`value`, when it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: give an integer of at least 1")
+    return value
+
+
+def check_stationary(ratio: Tensor, tol: float, steps: int) -> None:
+    """The inner problem is solved to `tol`. Synchronises with the device once; under torch.compile nothing looks."""
+    if torch.compiler.is_compiling():
+        return
+    worst = readable(ratio).max().item()
+    if not worst <= tol:  # NaN too
+        raise RuntimeError(
+            f"after {steps} inner steps the gradient of the inner problem is {worst:.2g} of what it was at the start "
+            f"(worst task), and tol={tol:g}: the implicit derivative belongs to the minimum, not to this point. Take "
+            f"more steps, another inner rate or optimiser, or a larger strength; a larger tol, or None, accepts it"
+        )
+
+
+def check_weights(weights: Sequence[float], steps: int) -> list[float]:
+    """One weight of at least 0 for each inner step, not all of them 0."""
+    values = [float(v) for v in weights]
+    if len(values) != steps or not all(math.isfinite(v) and v >= 0 for v in values) or not any(values):
+        raise ValueError(
+            f"weights={values}: give {steps} finite numbers of at least 0, one for each inner step, not all 0"
+        )
+    return values
+
+
+def check_classes(member: Tensor, y: Tensor) -> None:
+    """Every label is in [0, ways); `member` (S, ways) is `one_hot(y, ways)`. Synchronises with the device once."""
+    if torch.compiler.is_compiling() or bool(readable(member.any(-1)).all()):
+        return
+    labels, ways = readable(y), member.shape[-1]
+    raise ValueError(
+        f"support_y has labels {int(labels.min())} to {int(labels.max())}: with ways={ways} they are "
+        f"integers from 0 to {ways - 1}"
+    )
+
+
+def check_every_class(member: Tensor, y: Tensor) -> None:
+    """Every label is in [0, ways), and every class is in the support set. Synchronises with the device."""
+    check_classes(member, y)
+    if torch.compiler.is_compiling() or bool(readable(member.any(0)).all()):
+        return
+    ways = member.shape[-1]
+    raise ValueError(
+        f"a class has no example in a support set: with ways={ways} every label from 0 to {ways - 1} has to occur"
+    )
 
 
 def check_no_steps(steps: int | None, learner: str) -> int:

@@ -10,6 +10,7 @@ NOTE [buffers are constants]. Every forward reads copies of the buffers; the mod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -52,6 +53,17 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
         return out
 
     return predict
+
+
+def one_hot(y: Tensor, ways: int) -> Tensor:
+    """Labels (S,) -> bool (S, ways). A comparison, not F.one_hot: that one looks at the values, which vmap cannot.
+
+    Raises:
+        ValueError: when `y` is not one integer a sample.
+    """
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"support_y has shape {tuple(y.shape)}, {y.dtype}: class labels are integers, (S,) in a task")
+    return y.unsqueeze(-1) == torch.arange(ways, device=y.device)
 
 
 @contextmanager
