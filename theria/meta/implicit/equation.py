@@ -1,0 +1,148 @@
+"""From an equation and a way to iterate to a solution that is judged, and differentiable by the equation's rule."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from theria.meta.implicit.frozen import Tree, check_explicit, each_task, freeze
+from theria.meta.implicit.linear_solve import attach
+from theria.meta.implicit.rules import Equation, Theta
+from theria.meta.solvers import LinearSolver, Result, Solution, SolverError
+from theria.meta.solvers.loop import norm
+from theria.meta.solvers.system import Space, conclude
+
+Ended = tuple[Tensor, Tensor, Tensor]  # x (N,), its status, its iterations
+UserSolver = Callable[..., Tree]
+
+
+class Method(ABC):
+    """A way to iterate, on vectors (N,). Its `check_every` is that of the linear solvers: see `IterativeSolver`."""
+
+    @abstractmethod
+    def run(self, function: Callable[[Tensor], Tensor], x: Tensor, tol: float, bound: int) -> Ended:
+        """Iterate from x, at most `bound` times.
+
+        Args:
+            function: what the equation is about, on constants: F, f or the loss.
+        """
+
+
+class IterationError(SolverError):
+    """A nonlinear solve did not reach its tolerance. The attributes are those of `SolverError`."""
+
+    def __init__(self, what: str, error: SolverError) -> None:
+        self.result, self.residual = error.result, error.residual
+        self.iterations, self.tasks = error.iterations, error.tasks
+        which = f"{len(self.tasks)} tasks, the first of them task {self.tasks[0]}: " if self.tasks else ""
+        after = f" after {self.iterations} iterations" if self.iterations else ""
+        RuntimeError.__init__(
+            self,
+            f"{what} did not converge ({which}{self.result.name}, residual {self.residual:.3e}{after}): "
+            f"{_ADVICE[self.result]}. With throw=False the solution is returned with its result instead",
+        )
+
+
+_ADVICE = {
+    Result.max_iterations: (
+        "raise max_iter, loosen tol, start nearer to the solution, or use another solver; a fixed-point iteration "
+        "converges only where the spectral radius of df/dx is below 1"
+    ),
+    Result.breakdown: (
+        "no further step gets nearer: tol is below what the dtype resolves, the function is not smooth there, or its "
+        "Jacobian is singular; use float64, a looser tol, another start or another solver"
+    ),
+    Result.non_finite: "NaN or infinity: the iteration diverges (damp it, or lower the rate), or the function has one",
+    Result.indefinite: "the Hessian is not positive definite there: start nearer to a minimum",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a solve was asked for, the same for all of them."""
+
+    what: str
+    tol: float
+    linear_solver: LinearSolver
+    throw: bool
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tol) and self.tol >= 0):
+            raise ValueError(f"tol={self.tol}: give a finite number of at least 0, such as 1e-6")
+
+
+def iterate_to_solution(
+    request: Request, rule: Equation, method: Method, x0: Tree, theta: Theta, max_iter: int
+) -> Solution:
+    """Run the method on the rule's equation, judge what it gives, attach the rule's derivative."""
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
+        raise ValueError(f"max_iter={max_iter!r}: give an integer of at least 1")
+    x, constants = freeze((x0, theta))
+    space = Space.of(x, "x0")
+    _check_function(request, rule, x, constants)
+
+    def function(vector: Tensor) -> Tensor:
+        value = rule.value(space.unravel(vector), constants)
+        return value if rule.scalar else torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(value)])
+
+    with torch.no_grad():
+        vector, status, iterations = method.run(function, space.ravel(x, "x0"), request.tol, max_iter)
+        x = space.unravel(vector)
+        residual, target = _residual(request, rule, x, constants)
+        solution = conclude(x, residual, target, status, iterations)
+    return _finish(request, rule, solution, theta)
+
+
+def solution_of_user(
+    request: Request, rule: Equation, solver: UserSolver, x0: Tree, theta: Theta, vectorized: bool
+) -> Solution:
+    """The same for a solver of which nothing is known but what it returns."""
+    start, constants = freeze((x0, theta))
+    with torch.no_grad():
+        x = solver(start, *constants) if vectorized else each_task(solver, start, *constants)
+        x = freeze(x)
+    _check_function(request, rule, x, constants)
+    with torch.no_grad():
+        residual, target = _residual(request, rule, x, constants)
+        unknown = torch.zeros_like(residual, dtype=torch.int64)
+        solution = conclude(x, residual, target, unknown + Result.breakdown, unknown)
+    return _finish(request, rule, solution, theta)
+
+
+def _check_function(request: Request, rule: Equation, x: Tree, constants: Theta) -> None:
+    """Evaluate the function once: on constants it has to be constant, and of the right shape."""
+    value, name = rule.value(x, constants), f"the value of the function of {request.what}"
+    check_explicit(value, f"the function of {request.what}")
+    if not rule.scalar:
+        Space.of(x, "x").ravel(freeze(value), name)
+    elif not (isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()):
+        given = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} is {given}: it has to be one floating-point number, such as a sum over the samples")
+
+
+def _residual(request: Request, rule: Equation, x: Tree, constants: Theta) -> tuple[Tensor, Tensor]:
+    """Norm of the residual, and what it may be."""
+    space = Space.of(x, f"the solution of {request.what}")
+    residual = space.ravel(rule.residual(x, constants), f"the residual of {request.what}")
+    return norm(residual), rule.target(request.tol, norm(space.ravel(x, "x")))
+
+
+def _finish(request: Request, rule: Equation, solution: Solution, theta: Theta) -> Solution:
+    if request.throw:
+        try:
+            solution.check()
+        except SolverError as error:
+            raise IterationError(request.what, error) from None
+    value = attach(rule, solution.value, theta, request.linear_solver, request.throw)
+    return solution._replace(value=value)
+
+
+def relative_tolerance(tol: float, x: Any) -> float:
+    """The default of the derivative's solves: that of the solution, as far as the dtype resolves it."""
+    dtypes = [leaf.dtype for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return max([tol, *(32 * torch.finfo(dtype).eps for dtype in dtypes)])

@@ -1,0 +1,113 @@
+"""Constants for the iterations of a solver: what has neither gradient nor tangent, at any level of `torch.func`.
+
+`Tensor.detach` stops one level of reverse mode and no forward mode. A solver's iterations are not to be differentiated
+at all (an implicit rule gives the derivative of their limit), so each of its inputs is taken out of every level of
+`grad` and `jvp`; the levels of `vmap` stay, in which tasks stop one by one.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from theria.meta.replay import RandomStates, carries_derivative
+
+Tree = Any  # a pytree
+
+
+def freeze(tree: Tree) -> Tree:
+    """The pytree with every tensor a constant; no memory is copied."""
+    return pytree.tree_map_only(Tensor, _freeze, tree)
+
+
+def _freeze(x: Tensor) -> Tensor:
+    if _functorch.is_batchedtensor(x):
+        level, dim = _functorch.maybe_get_level(x), _functorch.maybe_get_bdim(x)
+        return _functorch._add_batch_dim(_freeze(_functorch.get_unwrapped(x)), dim, level)
+    if _functorch.is_functorch_wrapped_tensor(x):
+        return _freeze(_functorch.get_unwrapped(x))
+    with temporarily_clear_interpreter_stack():  # else the innermost level would wrap what leaves here
+        if forward_ad._current_level >= 0:
+            x = forward_ad.unpack_dual(x).primal
+        return x.detach()
+
+
+def differentiating() -> bool:
+    """Whether a derivative could be lost here: outside of `no_grad`, or inside forward mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def check_explicit(value: Tree, what: str) -> None:
+    """Raise where the value of a function on constants carries a derivative all the same.
+
+    Raises:
+        ValueError: the function reads a tensor that is being differentiated and is not an argument: what an implicit
+            rule knows nothing of, so that its derivative would be lost without a word.
+    """
+    if any(carries_derivative(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)):
+        raise ValueError(
+            f"{what} depends on a tensor that is being differentiated (requires_grad=True, or a tangent) and is not "
+            f"among its arguments: a closed-over variable, or a parameter of a module. Its derivative would be lost. "
+            f"Pass it as an argument (for a module: torch.func.functional_call with its parameters), or detach it"
+        )
+
+
+def check_repeatable(function: Callable[..., Tree], arguments: Sequence[Any], what: str) -> Tree:
+    """The value of `function(*arguments)`, when it draws no random numbers of torch's global generators.
+
+    Raises:
+        ValueError: for one that does: its derivative would be taken of another function than the one that was solved.
+    """
+    states = RandomStates([x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)])
+    with torch.random.fork_rng(states.devices):
+        before = states.current()
+        value = function(*arguments)
+        drew = not all(torch.equal(a, b) for a, b in zip(before, states.current(), strict=True))
+    if drew:
+        raise ValueError(
+            f"{what} draws random numbers (dropout?), so there is no one equation that its solution satisfies: use "
+            f"eval(), give the noise as an argument, or take an adjoint that follows the steps, such as Unrolled()"
+        )
+    return value
+
+
+def each_task(function: Callable[..., Tree], *arguments: Tree) -> Tree:
+    """`function` on frozen pytrees, task after task under `vmap`: it sees plain tensors only, which have a memory.
+
+    So it may be anything on the host: numpy, scipy, a loop that writes in place.
+    """
+    leaves, spec = pytree.tree_flatten(arguments)
+    with temporarily_clear_interpreter_stack():
+        pairs = [_tasks_first(x) if isinstance(x, Tensor) else (x, ()) for x in leaves]
+        sizes = {level: x.shape[i] for x, levels in pairs for i, level in enumerate(levels)}
+        levels = sorted(sizes)
+        values = []
+        for index in product(*(range(sizes[level]) for level in levels)):
+            at = dict(zip(levels, index, strict=True))
+            task = [x[tuple(at[level] for level in own)] if own else x for x, own in pairs]
+            values.append(freeze(function(*pytree.tree_unflatten(task, spec))))
+        return pytree.tree_map(lambda *xs: _batched(xs, sizes), *values)
+
+
+def _tasks_first(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The plain tensor behind x, the dimensions of its levels of vmap in front; those levels, outermost first."""
+    if not _functorch.is_batchedtensor(x):
+        return x, ()
+    inner, levels = _tasks_first(_functorch.get_unwrapped(x))
+    n = len(levels)
+    return inner.movedim(_functorch.maybe_get_bdim(x) + n, n), (*levels, _functorch.maybe_get_level(x))
+
+
+def _batched(tasks: Sequence[Tensor], sizes: dict[int, int]) -> Tensor:
+    """One tensor for each combination of tasks, in their order -> the tensor at all levels of vmap."""
+    levels = sorted(sizes)
+    x = torch.stack(list(tasks)).unflatten(0, [sizes[level] for level in levels]) if levels else tasks[0]
+    for level in levels:
+        x = _functorch._add_batch_dim(x, 0, level)
+    return x
