@@ -56,6 +56,7 @@ LEAST = {
     "trainer.test_episodes": 1,
     "trainer.eval_tasks": 1,
     "trainer.checkpoint_every": 1,
+    "trainer.process_timeout": 1,
     "tracking.timeout": 0,
     "debug.nan_task": 0,
     "debug.step_seconds": 0,

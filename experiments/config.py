@@ -220,6 +220,7 @@ class TrainerConfig:
     test_episodes: int = 600  # episodes of the final evaluation; 600 or more for a figure worth reporting
     eval_tasks: int = 20  # tasks evaluated at once
     checkpoint_every: int = 100  # steps between checkpoints; the last two are kept
+    process_timeout: float = 600.0  # under torchrun: seconds that a process waits for another before the run ends
     resume: bool | str = False  # true: from the newest checkpoint of run_dir | a checkpoint file or run directory
     pictures: bool = True  # draw the learning curve and an episode
     display: Display = Display.auto  # auto: a live bar on a terminal, plain lines elsewhere

@@ -11,6 +11,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from experiments import launch
+from theria.meta.distributed import FROM_FIRST, LostProcess
 from theria.ops import UnsupportedError
 
 # A folder that cannot be made or written; every other OSError keeps its traceback.
@@ -18,19 +20,32 @@ UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISD
 
 
 class UserError(Exception):
-    """Ends the program with its message and `exit_code`, without a traceback."""
+    """Ends the program with its message and `exit_code`, without a traceback.
+
+    `common` says that every process of a run raises it at the same time, so that the first one speaks for all.
+    """
 
     exit_code = 2
+    common = False
 
 
 class NonFiniteError(UserError):
     """The loss or the meta-gradient is not finite."""
 
     exit_code = 3
+    common = True
+
+
+class LostProcessError(UserError, LostProcess):
+    """Another process of the run is gone or hangs."""
+
+    exit_code = 4
 
 
 class Interrupted(UserError):
     """A signal stopped the run after its checkpoint was written."""
+
+    common = True
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -67,6 +82,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
             f"run_dir={given['run_dir']}: the runs of --multirun have a directory each: give "
             f"hydra.sweep.dir={given['run_dir']}, in which they are 0, 1, ..."
         )
+    if launch.size() > 1 and {"--multirun", "-m"} & {*arguments}:
+        raise UserError("--multirun: several processes train one run at a time: start each of them with torchrun")
 
 
 def run(entry: Callable[[], None]) -> None:
@@ -77,7 +94,11 @@ def run(entry: Callable[[], None]) -> None:
         check_arguments(sys.argv[1:])
         entry()
     except UserError as error:
+        if launch.is_other() and (error.common or FROM_FIRST in getattr(error, "__notes__", ())):
+            sys.exit(error.exit_code)  # the first process says it
         message, code = str(error), error.exit_code
+    except LostProcess as error:
+        message, code = str(error), LostProcessError.exit_code
     except (HydraException, OmegaConfBaseException) as error:
         if verbose:
             raise

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint on held-out tasks.
 
 python -m experiments.evaluate checkpoint=outputs/default/<date_time> episodes=2000 subset=test
+torchrun --nproc-per-node=4 -m experiments.evaluate ...    the same figures, the episodes shared by four processes
 """
 
 import json
@@ -10,12 +11,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments import build, checkpoint, errors, store
+from experiments import build, checkpoint, errors, launch, processes, store
 from experiments.config import EvaluateConfig, OmniglotConfig
 from experiments.evaluation import Evaluation, evaluate
+from theria.meta.distributed import ALONE, Processes
+
+TIMEOUT = 600.0  # seconds that a process waits for another
 
 
-def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path) -> Evaluation:
+def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processes = ALONE) -> Evaluation:
     """Rebuild the learner from its checkpoint, evaluate it, write `run_dir`/evaluation.json.
 
     Raises:
@@ -45,22 +49,28 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path) -> Evaluation:
         steps=steps,
         subset=settings.subset,
         alive=lambda: None,
+        processes=ranks,
     )
-    print(f"{path}, step {state['step']}")
-    print(result.text() + build.chance(run.task))
-    record = {"checkpoint": str(path), "step": state["step"], **result.record()}
-    (run_dir / "evaluation.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    if ranks.is_first:
+        print(f"{path}, step {state['step']}")
+        print(result.text() + build.chance(run.task))
+        record = {"checkpoint": str(path), "step": state["step"], **result.record()}
+        (run_dir / "evaluation.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     return result
 
 
 @hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="evaluate")
 def entry(cfg: DictConfig) -> float:
     """Hydra's entry point."""
-    return evaluate_checkpoint(store.to_object(cfg), Path(HydraConfig.get().runtime.output_dir)).after.mean
+    settings = store.to_object(cfg)
+    with processes.joined(settings.device, TIMEOUT) as ranks:
+        run_dir = processes.directory(ranks, HydraConfig.get().runtime.output_dir)
+        return evaluate_checkpoint(settings, run_dir, ranks).after.mean
 
 
 def main() -> None:
     store.register()
+    launch.quiet_others()
     errors.run(entry)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from experiments.learners import InContextLearner, Learner, sequence
 from experiments.tracking import json_value
 from theria.data import Episode, TaskSource
+from theria.meta.distributed import ALONE, Processes
 from theria.nn import InContextRegressor
 
 Z_95 = 1.96  # the normal distribution's 97.5 % quantile, as few-shot papers round it
@@ -129,15 +130,25 @@ def predict(learner: Learner, episode: Episode, steps: int) -> Tensor:
 
 
 def evaluate(
-    learner: Learner, source: TaskSource, *, episodes: int, steps: int, subset: str, alive: Callable[[], None]
+    learner: Learner,
+    source: TaskSource,
+    *,
+    episodes: int,
+    steps: int,
+    subset: str,
+    alive: Callable[[], None],
+    processes: Processes = ALONE,
 ) -> Evaluation:
-    """The learner on the first `episodes` tasks of a source. `alive` is called between batches and may raise."""
+    """The learner on the first `episodes` tasks of a source. `alive` is called between batches and may raise.
+
+    Each batch is computed whole by one process, so that the figures do not depend on their number.
+    """
     batches, count, metric = [], 0, ""
     with torch.no_grad():
         while count < episodes:
             alive()
-            episode = source.sample(len(batches))
-            batches.append(task_curve(learner, episode, steps))
-            count, metric = count + batches[-1].shape[1], metric_name(episode)
+            episode = source.sample(len(batches) + processes.rank)
+            batches += processes.gather(task_curve(learner, episode, steps).cpu())
+            count, metric = sum(batch.shape[1] for batch in batches), metric_name(episode)
     curve = torch.cat(batches, 1)[:, :episodes]
     return Evaluation(subset, metric, curve_axis(learner), [estimate(point) for point in curve])

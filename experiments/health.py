@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from experiments.learners import InContextLearner, Learner, attributes
 from theria import meta
 from theria.data import Episode
+from theria.meta.distributed import ALONE, Processes
 
 
 def nonfinite_count(learner: nn.Module) -> int:
@@ -31,23 +32,23 @@ def bad_task(learner: Learner, episode: Episode) -> int | None:
     return None
 
 
-def second_order_share(learner: Learner, episode: Episode) -> float | None:
+def second_order_share(learner: Learner, episode: Episode, processes: Processes = ALONE) -> float | None:
     """|g - g1| / |g|: g the full meta-gradient of the episode, g1 what is left when the inner gradients are taken as
-    constants. None for learners without inner steps, and where g is 0."""
+    constants. None for learners without inner steps, and where g is 0. All processes call it, each with all tasks."""
     if isinstance(learner, InContextLearner):
         return None
     own = learner.adjoint
-    full = _gradient(learner, episode, meta.Unrolled() if isinstance(own, meta.FirstOrder) else own)
-    first = _gradient(learner, episode, meta.FirstOrder())
+    full = _gradient(learner, episode, meta.Unrolled() if isinstance(own, meta.FirstOrder) else own, processes)
+    first = _gradient(learner, episode, meta.FirstOrder(), processes)
     norm = float(full.norm())
     return float((full - first).norm()) / norm if norm > 0 else None
 
 
-def _gradient(learner: Learner, episode: Episode, adjoint: Any) -> Tensor:
+def _gradient(learner: Learner, episode: Episode, adjoint: Any, processes: Processes) -> Tensor:
     """The meta-gradient as one vector; leaves every `.grad` as it is."""
     with attributes(learner, adjoint=adjoint):
         parameters = _trainable(learner)
-        grads = torch.autograd.grad(learner(episode), parameters, allow_unused=True)
+        _, grads = processes.gradient(learner, episode, parameters)
     pairs = zip(parameters, grads, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 

@@ -52,6 +52,19 @@ class Plain:
         print(message, flush=True)
 
 
+class Silent:
+    """Nothing: of the processes of a run one speaks."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def update(self, step: int, figures: dict[str, str]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
 class Bar:
     """A rich progress bar; other lines scroll above it."""
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import launch
 from experiments.config import Config, Schedule
 from experiments.errors import UserError
 from experiments.store import container
@@ -27,6 +28,7 @@ FREE = {
     "trainer.eval_tasks",
     "trainer.checkpoint_every",
     "trainer.pictures",
+    "trainer.process_timeout",
     "trainer.display",
     "debug.nan_step",
     "debug.nan_task",
@@ -56,9 +58,10 @@ def check_same(config: Config, saved: dict[str, Any], checkpoint: Path) -> None:
 
 
 def command(overrides: Sequence[str], run_dir: Path) -> str:
-    """What to type to go on."""
+    """What to type to go on, with as many processes as now."""
     kept = [item for item in overrides if item.split("=")[0].lstrip("+") not in ("run_dir", "trainer.resume")]
-    return shlex.join(["python", "-m", "experiments.train", *kept, f"run_dir={run_dir}", "trainer.resume=true"])
+    program = launch.command("experiments.train")
+    return shlex.join([*program, *kept, f"run_dir={run_dir}", "trainer.resume=true"])
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -133,14 +133,15 @@ class Wandb:
 
 
 class Tracker:
-    """metrics.jsonl first, then wandb if there is one."""
+    """metrics.jsonl first, then wandb if there is one; a process that does not write has neither."""
 
-    def __init__(self, lines: JsonLines, wandb: Wandb | None) -> None:
+    def __init__(self, lines: JsonLines | None, wandb: Wandb | None) -> None:
         self.lines, self.wandb = lines, wandb
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         row = {"step": step, **values}
-        self.lines.write(row)
+        if self.lines is not None:
+            self.lines.write(row)
         if self.wandb is not None:
             self.wandb.scalars(row)
 

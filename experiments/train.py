@@ -4,6 +4,8 @@ python -m experiments.train                                the default run: 5-wa
 python -m experiments.train experiment=sinusoid_maml       one of configs/experiment
 python -m experiments.train task.ways=10 inner.steps=3     any setting by its name
 python -m experiments.train --multirun seed=0,1,2          one run after the other
+torchrun --nproc-per-node=4 -m experiments.train ...       the tasks of each step shared by four processes, the same
+                                                           run to rounding: gloo on CPUs, NCCL with a GPU for each
 
 A run writes everything into its directory, outputs/<name>/<date_time> or run_dir=DIR: config.yaml (resolved),
 metrics.jsonl, checkpoints/ (the last two), pictures/, results.json, wandb/. Ctrl-C and SIGTERM write a checkpoint and
@@ -12,8 +14,8 @@ with the same settings goes on from DIR's newest readable checkpoint (from step 
 parameters, bit by bit on a CPU, as a run that was never stopped; `trainer.resume=PATH` starts from another run's
 checkpoint in a directory of its own. Only a stop by trainer.max_minutes depends on the machine.
 
-Exit status: 0; 2 for a mistake in the settings; 3 for a loss, gradient or parameter that is not finite; 130, 143 after
-a signal.
+Exit status: 0; 2 for a mistake in the settings; 3 for a loss, gradient or parameter that is not finite; 4 when another
+process of the run is gone or hangs; 130, 143 after a signal.
 """
 
 import json
@@ -25,42 +27,73 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import build, checkpoint, errors, pictures, progress, resume, store, tracking
+from experiments import (
+    build,
+    checkpoint,
+    errors,
+    launch,
+    pictures,
+    processes,
+    progress,
+    resume,
+    store,
+    tracking,
+)
 from experiments.config import Config, LinearRegressionConfig
 from experiments.evaluation import Evaluation
 from experiments.interrupt import SignalWatch
 from experiments.trainer import Parts, Trainer
+from theria.meta.distributed import ALONE, LostProcess, Processes
 
 
-def train(settings: Config, run_dir: Path, overrides: list[str]) -> Evaluation:
+def train(settings: Config, run_dir: Path, overrides: list[str], ranks: Processes = ALONE) -> Evaluation:
     """One run: everything that it leaves is in `run_dir`. Returns the figures on the test classes.
+
+    Args:
+        ranks: the processes that share its tasks; the first one alone writes and prints.
 
     Raises:
         errors.UserError: something that the caller can mend; its text says what.
     """
-    build.check(settings)
+    ranks.first(lambda: build.check(settings))
     torch.set_float32_matmul_precision(settings.ops.matmul_precision)
     if settings.trainer.threads is not None:
         torch.set_num_threads(settings.trainer.threads)
-    sources = build.build_sources(settings)
+    sources = processes.sources(ranks, settings)
     learner = build.build_learner(settings)
-    found = _checkpoint(settings, run_dir)
-    state = None if found is None else found[1]
-    run_dir.mkdir(parents=True, exist_ok=True)
-    container = store.container(settings)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(container))
-    done = 0 if state is None else state["step"]
-    with (
-        SignalWatch() as watch,
-        progress.progress(settings.trainer.display, settings.trainer.steps, done) as shown,
-    ):
-        tracker = tracking.start(settings.tracking, run_dir, container, shown.say, done)
+    ranks.copy_first(learner.state_dict())
+    found = ranks.first(lambda: _begin(settings, run_dir))
+    done = 0 if found is None else found[1]["step"]
+    with SignalWatch() as watch, _shown(settings, done, ranks) as shown:
+        tracker = _tracker(settings, run_dir, shown, done, ranks)
         command = resume.command(overrides, run_dir)
-        trainer = Trainer(Parts(settings, run_dir, learner, sources, tracker, shown, watch, command))
-        if state is not None and found is not None:
-            trainer.restore(state, _validated(run_dir))
+        trainer = Trainer(Parts(settings, run_dir, learner, sources, tracker, shown, watch, command, ranks))
+        if found is not None:
+            trainer.restore(found[1], ranks.first(lambda: _validated(run_dir)))
             shown.say(f"resumed from {found[0]} at step {done}")
         return _run(trainer)
+
+
+def _begin(settings: Config, run_dir: Path) -> tuple[Path, dict] | None:
+    """The run's directory with its configuration, and where to go on from."""
+    found = _checkpoint(settings, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(store.container(settings)))
+    return found
+
+
+def _shown(settings: Config, done: int, ranks: Processes) -> progress.Progress:
+    if not ranks.is_first:
+        return progress.Silent()
+    return progress.progress(settings.trainer.display, settings.trainer.steps, done)
+
+
+def _tracker(
+    settings: Config, run_dir: Path, shown: progress.Progress, done: int, ranks: Processes
+) -> tracking.Tracker:
+    if not ranks.is_first:
+        return tracking.Tracker(None, None)
+    return tracking.start(settings.tracking, run_dir, store.container(settings), shown.say, done)
 
 
 def _run(trainer: Trainer) -> Evaluation:
@@ -68,11 +101,15 @@ def _run(trainer: Trainer) -> Evaluation:
     code = 1
     try:
         result = trainer.run()
-        _report(trainer, result)
+        if trainer.ranks.is_first:
+            _report(trainer, result)
         code = 0
     except errors.UserError as error:
         code = error.exit_code
         raise
+    except LostProcess as error:
+        code = errors.LostProcessError.exit_code
+        raise errors.LostProcessError(trainer.lost(error)) from error
     finally:
         trainer.parts.tracker.finish(code)
     return result
@@ -146,12 +183,15 @@ def _warn(message: str) -> None:
 def entry(cfg: DictConfig) -> float:
     """Hydra's entry point; returns the test figure, so that a sweeper can optimise it."""
     hydra_config = HydraConfig.get()
-    result = train(store.to_object(cfg), Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
-    return result.after.mean
+    settings = store.to_object(cfg)
+    with processes.joined(settings.trainer.device, settings.trainer.process_timeout) as ranks:
+        run_dir = processes.directory(ranks, hydra_config.runtime.output_dir)
+        return train(settings, run_dir, list(hydra_config.overrides.task), ranks).after.mean
 
 
 def main() -> None:
     store.register()
+    launch.quiet_others()
     errors.run(entry)
 
 

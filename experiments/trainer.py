@@ -20,6 +20,7 @@ from experiments.learners import Learner
 from experiments.progress import Progress
 from experiments.tracking import Tracker
 from theria.data import Episode, TaskSource
+from theria.meta.distributed import ALONE, LostProcess, Processes
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Parts:
     progress: Progress
     watch: SignalWatch
     resume_command: str
+    ranks: Processes = ALONE  # the processes that share the tasks of a step
 
 
 def learning_rate(config: TrainerConfig, step: int) -> float:
@@ -47,11 +49,15 @@ def learning_rate(config: TrainerConfig, step: int) -> float:
 
 
 class Trainer:
-    """Adam on the mean query loss of an episode a step; a step is a pure function of the state before it."""
+    """Adam on the mean query loss of an episode a step; a step is a pure function of the state before it.
+
+    Several processes draw the same episodes and take the same steps, each with the gradients of its own tasks summed
+    over all; every decision (a signal, the wall clock, what is not finite) is taken together.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.config, self.trainer = parts, parts.config, parts.config.trainer
-        self.learner, self.say = parts.learner, parts.progress.say
+        self.learner, self.say, self.ranks = parts.learner, parts.progress.say, parts.ranks
         self.parameters = [p for p in self.learner.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=self.trainer.lr, weight_decay=self.trainer.weight_decay, foreach=True
@@ -69,7 +75,7 @@ class Trainer:
         return self._before + time.monotonic() - self._begun
 
     def save(self) -> Path:
-        """Write a checkpoint.
+        """Write a checkpoint; of several processes the first one does, and the others wait for it.
 
         Raises:
             NonFiniteError: a parameter is not finite, so that no figure could follow from the checkpoint.
@@ -79,16 +85,16 @@ class Trainer:
                 f"step {self.step}: a parameter is not finite after the last update; nothing was written.\n"
                 f"{self._advice(self._last_good())}"
             )
-        return checkpoint.save(
-            self.parts.run_dir,
-            {
-                "step": self.step,
-                "elapsed": self.elapsed,
-                "learner": self.learner.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "config": store.container(self.config),
-            },
-        )
+        return self.ranks.first(lambda: checkpoint.save(self.parts.run_dir, self._state()))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "learner": self.learner.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "config": store.container(self.config),
+        }
 
     def restore(self, state: dict[str, Any], validated: int) -> None:
         self.learner.load_state_dict(state["learner"])
@@ -106,6 +112,7 @@ class Trainer:
             Interrupted: after a signal; the checkpoint is written and the message says how to go on.
             NonFiniteError: a loss or gradient that is not finite, and nothing was updated with it; or a parameter
                 that is not finite when a checkpoint is due.
+            LostProcess: another process is gone or hangs.
         """
         if self.step == 0:
             self.save()
@@ -122,19 +129,23 @@ class Trainer:
         return self.test()
 
     def alive(self) -> None:
-        """Stop here if a signal came."""
-        signum = self.parts.watch.received
-        if signum is not None:
+        """Stop here if a signal came, to whichever process."""
+        signum = int(self.ranks.most([self.parts.watch.received or 0])[0])
+        if signum:
             path = self.save()
             message = f"stopped at step {self.step}: {path} is written\nresume: {self.parts.resume_command}"
             raise Interrupted(message, signum)
+
+    def lost(self, error: LostProcess) -> str:
+        """What to tell when another process is gone: nothing can be saved together any more."""
+        return f"step {self.step}: {error}\nlast checkpoint: {self._last_good()}\nresume: {self.parts.resume_command}"
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _out_of_time(self) -> bool:
         budget = self.trainer.max_minutes
-        if budget is None or self.elapsed < 60 * budget:
+        if budget is None or self.ranks.most([self.elapsed])[0] < 60 * budget:
             return False
         self.say(f"trainer.max_minutes={budget:g} is used up at step {self.step} of {self.trainer.steps}")
         return True
@@ -145,9 +156,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.trainer, self.step)
         self.optimiser.zero_grad()
-        loss = self.learner(episode)
-        loss.backward()
-        loss = loss.detach()
+        loss = self.ranks.backward(self.learner, episode, self.parameters)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not bool(loss.isfinite() & norm.isfinite()):
             self._stop_nonfinite(episode, loss, norm)
@@ -169,12 +178,16 @@ class Trainer:
 
     def _measure(self, episode: Episode) -> dict[str, float]:
         """Figures of the training episode before the update that it causes."""
-        with torch.no_grad():
-            figure = task_metric(self.learner.predict(episode), episode.query_y).mean()
-        return {f"train/{metric_name(episode)}": float(figure)}
+        mine = self.ranks.part(episode)
+        figures = torch.empty(0)
+        if mine.query_y.shape[0]:
+            with torch.no_grad():
+                figures = task_metric(self.learner.predict(mine), mine.query_y).cpu()
+        values = [part for part in self.ranks.gather(figures) if part.numel()]
+        return {f"train/{metric_name(episode)}": float(torch.cat(values).mean())}
 
     def _stop_nonfinite(self, episode: Episode, loss: Tensor, norm: Tensor) -> None:
-        task = health.bad_task(self.learner, episode)
+        task = self._bad_task(episode)
         where = "no single task (only their sum)" if task is None else f"task {task}"
         what = f"loss {float(loss)}" if not bool(loss.isfinite()) else f"gradient norm {float(norm)}"
         self.parts.tracker.scalars(self.step, {"gradient/nonfinite": health.nonfinite_count(self.learner)})
@@ -183,6 +196,12 @@ class Trainer:
             f"step {self.step}, {where}: {what} is not finite; the parameters were not updated with it.\n"
             f"{self._advice(good)}"
         )
+
+    def _bad_task(self, episode: Episode) -> int | None:
+        """The number of the first task that is not finite by itself, of all processes' tasks."""
+        found = health.bad_task(self.learner, self.ranks.part(episode))
+        start = self.ranks.share(episode.query_y.shape[0]).start
+        return next((n for n in self.ranks.gather(None if found is None else start + found) if n is not None), None)
 
     def _finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.parameters)
@@ -227,7 +246,7 @@ class Trainer:
         """The second-order share of the meta-gradient and the learned inner rates, every `health_every` steps."""
         if not self._due(self.trainer.health_every):
             return {}
-        share = health.second_order_share(self.learner, self._episode())
+        share = health.second_order_share(self.learner, self._episode(), self.ranks)
         rates = health.inner_rates(self.learner)
         found = {} if share is None else {"gradient/second_order": share}
         return found | ({} if rates is None else {"inner/lr_mean": rates[0], "inner/lr_min": rates[1]})
@@ -257,6 +276,7 @@ class Trainer:
                 steps=steps,
                 subset=subset,
                 alive=self.alive,
+                processes=self.ranks,
             )
         finally:
             self.learner.train()

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
+FROM_FIRST = "(raised in the first process)"
 
 
 class LostProcess(RuntimeError):
@@ -175,23 +176,28 @@ class Processes:
         """What `function` returns in the first process, where alone it is called; in the others a pickled copy.
 
         Raises:
-            Exception: the one that `function` raised, in every process, so that no process waits for another.
+            Exception: the one that `function` raised, in every process, so that no process waits for another; the
+                copies bear the note FROM_FIRST.
         """
         if self.size == 1:
             return function()
-        outcome: list[Any] = [None, None]
+        value, error = None, None
         if self.is_first:
             try:
-                outcome = [function(), None]
-            except Exception as error:
-                outcome = [None, error]
-        sent = [outcome[0], _portable(outcome[1])]
+                value = function()
+            except Exception as caught:
+                error = caught
+        sent = [value, _portable(error)]
         with self._guard("waiting for the first process"):
             dist.broadcast_object_list(sent, group=self.group, group_src=0)
-        value, error = outcome if self.is_first else sent
         if error is not None:
             raise error
-        return value
+        copy: Any
+        copy, error = sent
+        if error is not None:
+            error.add_note(FROM_FIRST)
+            raise error
+        return copy if value is None else value
 
     def copy_first(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite the tensors of every process, in place, by those of the first; names and shapes are the same."""
