@@ -7,10 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from theria.curvature.second_order import second_order
 from theria.meta.constant import constant, plain_gradient
-from theria.meta.optimisers import Hyper, InnerOptimiser, Params
+from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
+from theria.meta.recompute import Layout, recompute
+from theria.meta.replay import Replay, probe
 
 Context = Any  # a pytree of tensors: everything else the inner loss depends on
 InnerLoss = Callable[[Params, Context], Tensor]
@@ -49,7 +52,24 @@ class Adjoint(ABC):
 
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """Plain differentiation through every step: exact, to any order and in both modes; memory grows with the steps."""
+    """Plain differentiation through every step: exact, to any order and in both modes; memory grows with the steps.
+
+    Args:
+        checkpoint_every: keep the parameters and the optimiser's state of every k-th step only, and run the k steps
+            between again for the derivatives. Memory is T / k states and the activations of k steps, least near
+            k = sqrt(T) where a state costs as much as the activations of a step; time is one more forward run. Orders
+            and modes are all there, each recomputing in turn. Random numbers of torch's global generators (dropout)
+            are drawn again as they were; the loss must draw from no other source. None keeps everything.
+
+    Raises:
+        ValueError: for a `checkpoint_every` below 1; with it, when the inner loss or the optimiser reads a tensor
+            that is differentiated and not an argument.
+    """
+
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        check_every(self.checkpoint_every)
 
     def solve(
         self,
@@ -60,11 +80,55 @@ class Unrolled(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        state = optimiser.init(params)
+        inner_loss, state = second_order(inner_loss), optimiser.init(params)
+        if self.checkpoint_every is not None and steps:
+            replay = probe(self, inner_loss, params, context, optimiser, hyper)
+            for first in range(0, steps, self.checkpoint_every):
+                last = min(first + self.checkpoint_every, steps)
+                tensors, layout = Layout.split((params, state, context, hyper))
+                segment = _Segment(inner_loss, optimiser, range(first, last), layout, replay)
+                ends = iter(recompute(segment, *tensors))
+                params, state = pytree.tree_map(lambda _, ends=ends: next(ends), (params, state))
+            return params
         for _ in range(steps):
-            grads = torch.func.grad(second_order(inner_loss))(params, context)
+            grads = torch.func.grad(inner_loss)(params, context)
             params, state = optimiser.update(grads, state, params, hyper)
         return params
+
+
+def check_every(checkpoint_every: int | None) -> None:
+    """None, or an int of at least 1."""
+    if checkpoint_every is not None and (not isinstance(checkpoint_every, int) or checkpoint_every < 1):
+        raise ValueError(
+            f"checkpoint_every={checkpoint_every!r}: give the number of inner steps between two checkpoints, at least "
+            f"1 and near the square root of the number of steps, or None to keep every step"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Segment:
+    """Some inner steps as a function of tensors: (params, state, context, hyper) -> (params, state) after them."""
+
+    inner_loss: InnerLoss
+    optimiser: InnerOptimiser
+    steps: range
+    layout: Layout
+    replay: Replay
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self._run(torch.func.grad, tensors)
+
+    def once(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same, freeing the activations of each step."""
+        return self._run(lambda loss: lambda p: plain_gradient(loss, p), tensors)
+
+    def _run(self, gradient: Callable[..., Any], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        params, state, context, hyper = self.layout.join(tensors)
+        for t in self.steps:
+            with self.replay.step(t):
+                grads = gradient(lambda p: self.inner_loss(p, context))(params)
+                params, state = self.optimiser.update(grads, state, params, hyper)
+        return tuple(pytree.tree_leaves((params, state)))
 
 
 @dataclass(frozen=True)
@@ -86,9 +150,16 @@ class FirstOrder(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        state = optimiser.init(params)
-        for _ in range(steps):
-            with torch.no_grad():  # the outer levels record nothing of this
-                grads = plain_gradient(lambda p: second_order(inner_loss)(p, context), params)
-            params, state = optimiser.update(constant(grads), state, params, hyper)
-        return params
+        return first_order_steps(second_order(inner_loss), params, context, optimiser, hyper, steps)[0]
+
+
+def first_order_steps(
+    inner_loss: InnerLoss, params: Params, context: Context, optimiser: InnerOptimiser, hyper: Hyper, steps: int
+) -> tuple[Params, State]:
+    """Parameters and state after steps whose gradients are constants."""
+    state = optimiser.init(params)
+    for _ in range(steps):
+        with torch.no_grad():  # the outer levels record nothing of this
+            grads = plain_gradient(lambda p: inner_loss(p, context), params)
+        params, state = optimiser.update(constant(grads), state, params, hyper)
+    return params, state

@@ -14,7 +14,6 @@ Each line frees what it used before the next, so the activations of one step are
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from theria.curvature.second_order import second_order
-from theria.meta.adjoint import Adjoint, Context, InnerLoss
+from theria.meta.adjoint import Adjoint, Context, InnerLoss, check_every
 from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
-from theria.meta.replay import RandomStates, probe
+from theria.meta.recompute import Layout
+from theria.meta.replay import Replay, probe
+
+Point = tuple[Params, State]
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,21 @@ class MixedMode(Adjoint):
     are replayed there. It must draw from no other source, and what it calls must have a derivative forward over
     reverse (PyTorch raises where it has none, such as in `F.group_norm` and `F.silu`): use `Unrolled` for those.
 
+    Args:
+        checkpoint_every: keep every k-th point of the trajectory only, and take the steps between again on the way
+            back: T / k + k points instead of T, for one more gradient in each step. For many steps of a model whose
+            parameters weigh more than its activations.
+
     Raises:
         NotImplementedError: when its gradient is differentiated again, or differentiated in forward mode.
-        ValueError: when the inner loss reads a tensor that is differentiated or mapped over and not an argument.
+        ValueError: when the inner loss or the optimiser reads a tensor that is differentiated or mapped over and not
+            an argument; for a `checkpoint_every` below 1.
     """
+
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        check_every(self.checkpoint_every)
 
     def solve(
         self,
@@ -55,13 +68,10 @@ class MixedMode(Adjoint):
         if steps == 0:
             return params
         inner_loss = second_order(inner_loss)
-        leaves, spec = pytree.tree_flatten((params, context, hyper))
-        where = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-        tensors = [leaves[i] for i in where]
-        constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        random = RandomStates(tensors) if probe(inner_loss, params, context, tensors) else None
-        n_hyper = len(pytree.tree_leaves(hyper))
-        loop = _Loop(inner_loss, optimiser, steps, len(params), n_hyper, spec, where, constants, random)
+        replay = probe(self, inner_loss, params, context, optimiser, hyper)
+        tensors, layout = Layout.split((params, context, hyper))
+        n_hyper, every = len(pytree.tree_leaves(hyper)), self.checkpoint_every or 1
+        loop = _Loop(inner_loss, optimiser, steps, every, len(params), n_hyper, layout, replay)
         try:
             final: tuple[Tensor, ...] = _InnerLoop.apply(loop, *tensors)  # type: ignore[assignment]
         except RuntimeError as error:
@@ -84,31 +94,26 @@ class _Loop:
     inner_loss: InnerLoss
     optimiser: InnerOptimiser
     steps: int
+    every: int  # how many steps lie between two stored points
     n_params: int
     n_hyper: int
-    spec: pytree.TreeSpec
-    where: tuple[int, ...]
-    constants: tuple[Any, ...]
-    random: RandomStates | None
+    layout: Layout  # of (params, context, hyper)
+    replay: Replay
 
-    def unflatten(self, tensors: Sequence[Tensor]) -> tuple[Params, Context, Hyper]:
-        """The (params, context, hyper) made of these tensors and the constants."""
-        leaves = list(self.constants)
-        for i, tensor in zip(self.where, tensors, strict=True):
-            leaves[i] = tensor
-        return pytree.tree_unflatten(leaves, self.spec)
+    def follow(self, point: Point, context: Context, hyper: Hyper, steps: range) -> Iterator[Point]:
+        """The points after each of these steps."""
+        params, state = point
+        for t in steps:
+            with self.replay.step(t):
+                grads = plain_gradient(lambda p: self.inner_loss(p, context), params)
+                params, state = self.optimiser.update(grads, state, params, hyper)
+            yield params, state
 
-    def points(self, params: Params, trajectory: Sequence[Tensor]) -> list[tuple[Params, State]]:
-        """The (theta_t, s_t) for t = 0 .. T-1, from theta_0 and the stored rest."""
+    def stored(self, params: Params, trajectory: Sequence[Tensor]) -> list[Point]:
+        """The (theta_t, s_t) for t = 0, k, 2k .. below T, from theta_0 and the stored rest."""
         leaves, spec = pytree.tree_flatten((params, self.optimiser.init(params)))
         chunks = [leaves, *(trajectory[i : i + len(leaves)] for i in range(0, len(trajectory), len(leaves)))]
         return [pytree.tree_unflatten(list(chunk), spec) for chunk in chunks]
-
-    @contextmanager
-    def replay(self, t: int) -> Iterator[None]:
-        """Draw the random numbers of step t again."""
-        with self.random.replay(t) if self.random else nullcontext():
-            yield
 
 
 class _InnerLoop(torch.autograd.Function):
@@ -118,16 +123,13 @@ class _InnerLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(loop: _Loop, *tensors: Tensor) -> tuple[Tensor, ...]:
-        params, context, hyper = loop.unflatten([tensor.detach() for tensor in tensors])
-        state = loop.optimiser.init(params)
+        params, context, hyper = loop.layout.join([tensor.detach() for tensor in tensors])
         trajectory: list[Tensor] = []
-        for t in range(loop.steps):
-            if t:
-                trajectory += pytree.tree_leaves((params, state))
-            if loop.random:
-                loop.random.record()
-            grads = plain_gradient(lambda p: loop.inner_loss(p, context), params)
-            params, state = loop.optimiser.update(grads, state, params, hyper)
+        start = params, loop.optimiser.init(params)
+        for t, point in enumerate(loop.follow(start, context, hyper, range(loop.steps)), start=1):
+            params, _ = point
+            if t % loop.every == 0 and t < loop.steps:
+                trajectory += pytree.tree_leaves(point)
         return (*params.values(), *trajectory)
 
     @staticmethod
@@ -193,9 +195,9 @@ def _sweep(
     loop: _Loop, needed: Sequence[bool], final: Sequence[Tensor], inputs: Sequence[Tensor], trajectory: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Lines of the module's docstring for t = T-1 .. 0; the gradients of the inputs marked in `needed`."""
-    params, _, hyper = loop.unflatten(inputs)
-    first, last = loop.n_params, len(inputs) - loop.n_hyper
-    chosen = [i for i in range(first, last) if needed[i]]
+    params, context, hyper = loop.layout.join(inputs)
+    rest = len(inputs) - loop.n_hyper
+    chosen = [i for i in range(loop.n_params, rest) if needed[i]]
     selected = [inputs[i] for i in chosen]
 
     def loss(both: tuple[Params, Sequence[Tensor]]) -> Tensor:
@@ -203,35 +205,39 @@ def _sweep(
         tensors = list(inputs)
         for i, tensor in zip(chosen, selected, strict=True):
             tensors[i] = tensor
-        return loop.inner_loss(params, loop.unflatten(tensors)[1])
+        return loop.inner_loss(params, loop.layout.join(tensors)[1])
 
-    points = loop.points(params, trajectory)
+    points = loop.stored(params, trajectory)
     cotangent = (dict(zip(params, final, strict=True)), pytree.tree_map(torch.zeros_like, points[0][1]))
     d_selected, d_hyper = [torch.zeros_like(x) for x in selected], pytree.tree_map(torch.zeros_like, hyper)
-    for t in reversed(range(loop.steps)):
-        cotangent, mixed, direct = _step_back(loop, t, loss, points.pop(), selected, hyper, cotangent)
-        d_selected = [total + part for total, part in zip(d_selected, mixed, strict=True)]
-        d_hyper = pytree.tree_map(torch.add, d_hyper, direct)
+    for first in reversed(range(0, loop.steps, loop.every)):
+        start, last = points.pop(), min(first + loop.every, loop.steps)
+        between = [start, *loop.follow(start, context, hyper, range(first, last - 1))]
+        del start
+        for t in reversed(range(first, last)):
+            cotangent, mixed, direct = _step_back(loop, t, loss, between.pop(), selected, hyper, cotangent)
+            d_selected = [total + part for total, part in zip(d_selected, mixed, strict=True)]
+            d_hyper = pytree.tree_map(torch.add, d_hyper, direct)
 
     gradients: dict[int, Tensor] = dict(enumerate(cotangent[0].values()))
     gradients |= dict(zip(chosen, d_selected, strict=True))
-    gradients |= dict(enumerate(pytree.tree_leaves(d_hyper), start=last))
+    gradients |= dict(enumerate(pytree.tree_leaves(d_hyper), start=rest))
     return tuple(gradients[i] for i, need in enumerate(needed) if need)
 
 
 def _step_back(
-    loop: _Loop, t: int, loss: Any, point: tuple[Params, State], selected: list[Tensor], hyper: Hyper, cotangent: Any
-) -> tuple[tuple[Params, State], list[Tensor], Hyper]:
+    loop: _Loop, t: int, loss: Any, point: Point, selected: list[Tensor], hyper: Hyper, cotangent: Any
+) -> tuple[Point, list[Tensor], Hyper]:
     """Cotangent of (theta_{t+1}, s_{t+1}) -> that of (theta_t, s_t), and the terms of context and hyper."""
     params, state = point
     update = loop.optimiser.update
     grads = params  # any point will do where the update is affine in the gradient
     if not loop.optimiser.linear_in_gradient:
-        with loop.replay(t):
+        with loop.replay.step(t):
             grads = plain_gradient(lambda p: loss((p, selected)), params)
     (w,) = torch.func.vjp(lambda g: update(g, state, params, hyper), grads)[1](cotangent)
 
-    with loop.replay(t):
+    with loop.replay.step(t):
         (grads, _), (curvature, mixed) = torch.func.jvp(lambda p: plain_gradient(loss, (p, selected)), (params,), (w,))[
             :2
         ]

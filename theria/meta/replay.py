@@ -1,15 +1,17 @@
-"""What `MixedMode` has to know of an inner loss before it runs it twice."""
+"""What an adjoint has to know of an inner loop before it runs it twice: random numbers, precision, hidden inputs."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from theria.meta.constant import constant
-from theria.meta.optimisers import Params
+from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 
 
 class RandomStates:
@@ -17,19 +19,19 @@ class RandomStates:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-        self._states: list[list[Tensor]] = []
+        self._states: dict[int, list[Tensor]] = {}
 
     def current(self) -> list[Tensor]:
         """The states of the CPU generator and of the GPUs in use."""
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self.devices)]
 
-    def record(self) -> None:
-        """Keep the states before the next step."""
-        self._states.append(self.current())
-
     @contextmanager
-    def replay(self, t: int) -> Iterator[None]:
-        """Run with the states of step t, then restore those of now."""
+    def step(self, t: int) -> Iterator[None]:
+        """The first time step t draws what comes next; from then on what it drew then, leaving the generators alone."""
+        if t not in self._states:
+            self._states[t] = self.current()
+            yield
+            return
         with torch.random.fork_rng(self.devices):
             cpu, *gpus = self._states[t]
             torch.set_rng_state(cpu)
@@ -38,28 +40,82 @@ class RandomStates:
             yield
 
 
-def probe(inner_loss, params: Params, context, tensors: Sequence[Tensor]) -> bool:
-    """Evaluate the loss once on constants; says whether it draws random numbers.
+class Autocast:
+    """The mixed precision of now, to be entered again by a backward, which runs after the user's block was left."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        kinds = sorted({t.device.type for t in tensors if torch.amp.is_autocast_available(t.device.type)})
+        self._states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Run with it."""
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self._states:
+                if enabled or torch.is_autocast_enabled(kind):
+                    # Without the cache of casts, which would keep those of another derivative's level.
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
+class Replay:
+    """The surroundings of every inner step, at its first run and at each later one.
+
+    Args:
+        tensors: those of the loop, whose devices matter.
+        random: whether the inner loss draws random numbers.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], random: bool) -> None:
+        self._autocast = Autocast(tensors)
+        self._random = RandomStates(tensors) if random else None
+
+    @contextmanager
+    def step(self, t: int) -> Iterator[None]:
+        """Everything as it was, or is, when step t runs for the first time."""
+        with ExitStack() as stack:
+            stack.enter_context(self._autocast.again())
+            if self._random is not None:
+                stack.enter_context(self._random.step(t))
+            yield
+
+
+def probe(
+    adjoint: object,
+    inner_loss: Callable[[Params, Any], Tensor],
+    params: Params,
+    context: Any,
+    optimiser: InnerOptimiser,
+    hyper: Hyper,
+) -> Replay:
+    """Evaluate the loss and an update once on constants; the surroundings to repeat.
 
     Raises:
-        ValueError: when the value needs a gradient all the same: the loss reads a tensor that is not an argument,
-            and a derivative with respect to it would be lost without a word.
+        ValueError: when a value needs a gradient all the same: something reads a tensor that is not an argument, and
+            a derivative with respect to it would be lost without a word.
     """
+    tensors = [leaf for leaf in pytree.tree_leaves((params, context, hyper)) if isinstance(leaf, Tensor)]
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return False  # nothing is differentiated, so nothing runs twice and nothing can be lost
-    constants = constant((params, context))
+        return Replay(tensors, random=False)  # nothing is differentiated, so nothing runs twice or can be lost
+    params, context, hyper = constant((params, context, hyper))
     states = RandomStates(tensors)
     with torch.random.fork_rng(states.devices):
         before = states.current()
-        loss = inner_loss(*constants)
+        loss = inner_loss(params, context)
         random = not all(torch.equal(a, b) for a, b in zip(before, states.current(), strict=True))
     if carries_derivative(loss):
-        raise ValueError(
-            "MixedMode: the inner loss depends on a tensor that is being differentiated (requires_grad=True, or a "
-            "tangent) and is neither in params nor in context: a closed-over variable, or a parameter of the loss "
-            "function. Its derivative would be lost. Pass it through context, detach it, or use adjoint=Unrolled()"
-        )
-    return random
+        raise ValueError(_LOST.format(adjoint=adjoint, what="the inner loss"))
+    moved = optimiser.update(params, optimiser.init(params), params, hyper)  # of any gradient, such as the parameters
+    if any(carries_derivative(leaf) for leaf in pytree.tree_leaves(moved)):
+        raise ValueError(_LOST.format(adjoint=adjoint, what="an update of the inner optimiser"))
+    return Replay(tensors, random)
+
+
+_LOST = (
+    "{adjoint}: {what} depends on a tensor that is being differentiated (requires_grad=True, or a tangent) and is "
+    "neither in params nor in context nor in hyper: a closed-over variable, or a parameter of the loss function. Its "
+    "derivative would be lost. Pass it through context, detach it, or use adjoint=Unrolled()"
+)
 
 
 def carries_derivative(tensor: Tensor) -> bool:
