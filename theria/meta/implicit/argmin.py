@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from theria.curvature.second_order import second_order
-from theria.meta.implicit.equation import Method, Request, iterate_to_solution, relative_tolerance
+from theria.meta.implicit.equation import Method, Request, iterate_to_solution, resolved
 from theria.meta.implicit.frozen import Tree
 from theria.meta.implicit.minimisers import LBFGS
 from theria.meta.implicit.rules import Stationary
@@ -48,6 +48,6 @@ def argmin(
         ValueError: for structures that do not fit, a loss that is no scalar, and one that reads a tensor that is being
             differentiated and is not among its arguments.
     """
-    adjoint = linear_solver or CG(rtol=relative_tolerance(tol, x0))
+    adjoint = linear_solver or CG(rtol=resolved(tol, x0))
     request = Request("argmin", tol, adjoint, throw)
     return iterate_to_solution(request, Stationary(second_order(loss)), solver or LBFGS(), x0, theta, max_iter)

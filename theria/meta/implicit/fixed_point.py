@@ -15,7 +15,7 @@ from theria.meta.implicit.equation import (
     Request,
     UserSolver,
     iterate_to_solution,
-    relative_tolerance,
+    resolved,
     solution_of_user,
 )
 from theria.meta.implicit.frozen import Tree
@@ -163,7 +163,7 @@ def fixed_point(
         ValueError: for structures and shapes that do not fit, and for an f that reads a tensor that is being
             differentiated and is not among its arguments.
     """
-    adjoint = linear_solver or GMRES(rtol=relative_tolerance(tol, x0))
+    adjoint = linear_solver or GMRES(rtol=resolved(tol, x0))
     request = Request("fixed_point", tol, adjoint, throw)
     return iterate_to_solution(request, FixedPoint(second_order(f)), solver or Picard(), x0, theta, max_iter)
 
@@ -184,7 +184,7 @@ def custom_fixed_point(
     def decorate(solver: UserSolver) -> Callable[..., Solution]:
         @wraps(solver)
         def solve(x0: Tree, *theta: Any) -> Solution:
-            adjoint = linear_solver or GMRES(rtol=relative_tolerance(min(tol, 1e-6), x0))
+            adjoint = linear_solver or GMRES(rtol=resolved(min(tol, 1e-6), x0))
             request = Request(getattr(solver, "__name__", "the solver"), tol, adjoint, throw)
             return solution_of_user(request, FixedPoint(second_order(f)), solver, x0, theta, vectorized)
 

@@ -15,7 +15,7 @@ from theria.meta.implicit.equation import (
     Request,
     UserSolver,
     iterate_to_solution,
-    relative_tolerance,
+    resolved,
     solution_of_user,
 )
 from theria.meta.implicit.forward_mode import push_forward
@@ -107,7 +107,7 @@ def root(
         ValueError: for structures and shapes that do not fit, and for an F that reads a tensor that is being
             differentiated and is not among its arguments.
     """
-    adjoint = linear_solver or GMRES(rtol=relative_tolerance(tol, x0))
+    adjoint = linear_solver or GMRES(rtol=resolved(tol, x0))
     request = Request("root", tol, adjoint, throw)
     return iterate_to_solution(request, Root(second_order(F)), solver or Newton(), x0, theta, max_iter)
 
@@ -133,7 +133,7 @@ def custom_root(
     def decorate(solver: UserSolver) -> Callable[..., Solution]:
         @wraps(solver)
         def solve(x0: Tree, *theta: Any) -> Solution:
-            adjoint = linear_solver or GMRES(rtol=relative_tolerance(min(tol, 1e-6), x0))
+            adjoint = linear_solver or GMRES(rtol=resolved(min(tol, 1e-6), x0))
             request = Request(getattr(solver, "__name__", "the solver"), tol, adjoint, throw)
             return solution_of_user(request, Root(second_order(F)), solver, x0, theta, vectorized)
 
