@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from theria.meta.bilevel.directions import Rate, check_rates, outer_terms, rate_at
 from theria.meta.bilevel.problem import BilevelProblem
-from theria.meta.bilevel.trees import Tree, add, descend, detached, scaled, subtract
+from theria.meta.bilevel.trees import Tree, add, copied, descend, scaled, subtract
 from theria.meta.checks import check_steps
 from theria.meta.constant import plain_gradient
 
@@ -75,7 +75,7 @@ class F2SA:
         leaf = pytree.tree_leaves(inner)[0]
         penalty = torch.as_tensor(self.penalty, dtype=leaf.dtype, device=leaf.device)
         step = torch.zeros((), dtype=torch.int64, device=leaf.device)
-        return F2SAState(detached(inner), detached(inner), detached(outer), penalty, step)
+        return F2SAState(copied(inner), copied(inner), copied(outer), penalty, step)
 
     def step(self, problem: BilevelProblem, state: F2SAState) -> tuple[F2SAState, F2SAInfo]:
         """One step on the batches of `problem`."""

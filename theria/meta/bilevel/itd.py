@@ -49,7 +49,8 @@ class ITD(Method):
         if v0 is not None:
             raise ValueError("v0 starts the linear solve of AID, and ITD has none: leave it out")
         leaves, spec = pytree.tree_flatten(inner0)
-        params = {str(i): leaf for i, leaf in enumerate(leaves)}
+        # Copies: forward mode refuses a tensor whose entries share memory, such as one that was expanded.
+        params = {str(i): leaf.clone() for i, leaf in enumerate(leaves)}
 
         def inner_loss(params: Params, context: Any) -> Tensor:
             outer, batch = context

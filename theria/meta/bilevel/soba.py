@@ -26,7 +26,7 @@ from theria.meta.bilevel.directions import (
     rate_at,
 )
 from theria.meta.bilevel.problem import BilevelProblem
-from theria.meta.bilevel.trees import Tree, add, descend, detached, subtract, zeros_like
+from theria.meta.bilevel.trees import Tree, add, copied, descend, subtract, zeros_like
 
 
 class SOBAState(NamedTuple):
@@ -164,7 +164,7 @@ class SABA(_SingleLoop):
 def _start(outer: Tree, inner: Tree, v: Tree | None) -> tuple[Tree, Tree, Tree, Tensor]:
     device = pytree.tree_leaves(inner)[0].device
     step = torch.zeros((), dtype=torch.int64, device=device)
-    return detached(inner), zeros_like(inner) if v is None else detached(v), detached(outer), step
+    return copied(inner), zeros_like(inner) if v is None else copied(v), copied(outer), step
 
 
 def _mean(rows: Tree) -> Tree:

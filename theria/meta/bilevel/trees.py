@@ -37,3 +37,8 @@ def norm(a: Tree) -> Tensor:
 
 def detached(a: Tree) -> Tree:
     return pytree.tree_map_only(Tensor, Tensor.detach, a)
+
+
+def copied(a: Tree) -> Tree:
+    """Constants in memory of their own: forward mode refuses a tensor whose entries share memory."""
+    return pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), a)

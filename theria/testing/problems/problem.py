@@ -77,13 +77,15 @@ class Problem:
         return max(abs(1 - self.rate * self.least), abs(1 - self.rate * self.largest))
 
     def steps_to(self, tolerance: float) -> int:
-        """Steps that shrink the distance to z*, and the error of an unrolled gradient, to about `tolerance`.
+        """Steps T with T c^T <= tolerance, c the contraction: what is left of the first error of z*, and of a gradient.
 
-        The error of the unrolled gradient after T steps is O(T c^T), c the contraction: twice the steps of c^T.
+        Unrolled, the error of the gradient falls as T c^T; that of z as c^T.
         """
         if self.steps is not None:
             return self.steps
-        return 2 * math.ceil(math.log(tolerance) / math.log(max(self.contraction, 0.1)))
+        rate = -math.log(max(self.contraction, 0.1))
+        steps = -math.log(tolerance) / rate
+        return math.ceil(steps + math.log(steps) / rate)
 
     def initial(self, outer: Tensor) -> Tensor:
         """z_0, a differentiable function of `outer` where the problem says so."""

@@ -108,7 +108,7 @@ def quadratic(
     *,
     inner_dim: int = 20,
     outer_dim: int = 10,
-    condition: float = 20.0,
+    condition: float = 10.0,
 ) -> Problem:
     """Two random quadratics; the inner Hessian has the condition number `condition`. h is strongly convex."""
     source = generator(seed)
