@@ -66,6 +66,13 @@ def check_stationary(ratio: Tensor, tol: float, steps: int) -> None:
         )
 
 
+def check_epochs(**epochs: int) -> None:
+    """Each a number of epochs, 0 for none."""
+    for name, value in epochs.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name}={value!r}: give a number of epochs, or 0 for none")
+
+
 def check_weights(weights: Sequence[float], steps: int) -> list[float]:
     """One weight of at least 0 for each inner step, not all of them 0."""
     values = [float(v) for v in weights]
