@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.utils import _pytree as pytree
 
 from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
@@ -35,8 +36,8 @@ class Implicit(Adjoint):
     O(||dL/dtheta||) elsewhere; `tolerance` bounds that. With `steps=0` the initial parameters are returned as they are.
 
     Args:
-        solver: of H w = thetabar; default CG to 1e-6 (float32: 1e-4). It reports a Hessian that is not positive definite, by SolverError;
-            `Inexact(CG(max_iterations=k))` takes what k iterations give.
+        solver: of H w = thetabar; default CG to 1e-6 (float32: 1e-4). It reports a Hessian that is not positive
+            definite, by SolverError; `Inexact(CG(max_iterations=k))` takes what k iterations give.
         tolerance: raise SolverError unless ||dL/dtheta||_2 is at most this after the steps; None does not look.
         throw: raise where a solve fails; else the derivative is NaN for each task whose solve failed, and what does
             not meet `tolerance` has the value NaN.
@@ -140,8 +141,8 @@ def _solve(
 
 def _judged(request: Request, rule: Stationary, final: Params, constants: Theta, steps: int) -> Params:
     """The parameters, when they are a stationary point to the tolerance; without `throw`, NaN where they are not."""
-    first = next(iter(final.values()))
+    first = pytree.tree_leaves(final)[0]
     status = torch.full_like(first.sum(), MAX_ITERATIONS, dtype=torch.int64)
     solution = judge(request, rule, final, constants, status, torch.full_like(status, steps))
     missed = solution.result != Result.converged
-    return {name: torch.where(missed, torch.full_like(p, float("nan")), p) for name, p in final.items()}
+    return pytree.tree_map(lambda p: torch.where(missed, torch.full_like(p, float("nan")), p), final)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from theria.meta.implicit.frozen import Tree, check_explicit, each_task, freeze
+from theria.meta.implicit.frozen import Tree, check_explicit, check_repeatable, each_task, freeze
 from theria.meta.implicit.linear_solve import attach
 from theria.meta.implicit.rules import Equation, Theta
 from theria.meta.solvers import LinearSolver, Result, Solution, SolverError
@@ -108,8 +108,9 @@ def solution_of_user(
 
 
 def _check_function(request: Request, rule: Equation, x: Tree, constants: Theta) -> None:
-    """Evaluate the function once: on constants it has to be constant, and of the right shape."""
-    value, name = rule.value(x, constants), f"the value of the function of {request.what}"
+    """Evaluate the function once: on constants it has to be constant, the same each time, and of the right shape."""
+    name = f"the value of the function of {request.what}"
+    value = check_repeatable(rule.value, (x, constants), f"the function of {request.what}")
     check_explicit(value, f"the function of {request.what}")
     if not rule.scalar:
         Space.of(x, "x").ravel(freeze(value), name)

@@ -12,6 +12,7 @@ from theria.meta.implicit.forward_mode import below_the_tangent
 from theria.meta.implicit.frozen import Tree, check_explicit, differentiating, freeze
 from theria.meta.implicit.operators import Args, Operator, Products
 from theria.meta.implicit.rules import Rule, Selected, System, Theta
+from theria.meta.replay import carries_derivative
 from theria.meta.solvers import GMRES, LinearSolver, Result, Solution
 from theria.meta.solvers.system import LinearMap
 
@@ -49,9 +50,8 @@ def linear_solve(
     """
     solver = solver or GMRES()
     operator = Products(matvec, symmetric)
-    if differentiating():
-        frozen = freeze((b, args))
-        check_explicit(matvec(frozen[0], *frozen[1]), "matvec")
+    frozen = freeze((b, args))
+    check_explicit(matvec(frozen[0], *frozen[1]), "matvec")
     return solve_system(operator, args, b, solver, throw)
 
 
@@ -116,6 +116,11 @@ def attach(rule: Rule, x: Tree, theta: Theta, solver: LinearSolver, throw: bool)
         return x
     values, structure = pytree.tree_flatten(x)
     leaves, spec = pytree.tree_flatten(theta)
+    if any(isinstance(leaf, Tensor) and leaf.is_complex() and carries_derivative(leaf) for leaf in leaves):
+        raise ValueError(
+            "an implicit rule differentiates real tensors, and was given a complex one that is being "
+            "differentiated: pass torch.view_as_real(z) and rebuild it in the function"
+        )
     where = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     layout = _Layout(rule, solver, throw, structure, len(values), spec, where, constants)
