@@ -96,6 +96,14 @@ class Unrolled(Adjoint):
         return params
 
 
+def one_step(
+    optimiser: InnerOptimiser, grads: Params, state: State, params: Params, hyper: Hyper
+) -> tuple[Params, State]:
+    """An update whose results have their keys in the order of what they replace, for those who count leaves."""
+    new = optimiser.update(grads, state, params, hyper)
+    return pytree.tree_map(lambda _, leaf: leaf, (params, state), new)
+
+
 def check_every(checkpoint_every: int | None) -> None:
     """None, or an int of at least 1."""
     if checkpoint_every is not None and (not isinstance(checkpoint_every, int) or checkpoint_every < 1):
@@ -127,7 +135,7 @@ class _Segment:
         for t in self.steps:
             with self.replay.step(t):
                 grads = gradient(lambda p: self.inner_loss(p, context))(params)
-                params, state = self.optimiser.update(grads, state, params, hyper)
+                params, state = one_step(self.optimiser, grads, state, params, hyper)
         return tuple(pytree.tree_leaves((params, state)))
 
 

@@ -15,6 +15,7 @@ Each line frees what it used before the next, so the activations of one step are
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from theria.curvature.second_order import second_order
-from theria.meta.adjoint import Adjoint, Context, InnerLoss, check_every
+from theria.meta.adjoint import Adjoint, Context, InnerLoss, check_every, one_step
 from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.recompute import Layout
@@ -106,7 +107,7 @@ class _Loop:
         for t in steps:
             with self.replay.step(t):
                 grads = plain_gradient(lambda p: self.inner_loss(p, context), params)
-                params, state = self.optimiser.update(grads, state, params, hyper)
+                params, state = one_step(self.optimiser, grads, state, params, hyper)
             yield params, state
 
     def stored(self, params: Params, trajectory: Sequence[Tensor]) -> list[Point]:
@@ -230,7 +231,7 @@ def _step_back(
 ) -> tuple[Point, list[Tensor], Hyper]:
     """Cotangent of (theta_{t+1}, s_{t+1}) -> that of (theta_t, s_t), and the terms of context and hyper."""
     params, state = point
-    update = loop.optimiser.update
+    update = partial(one_step, loop.optimiser)
     grads = params  # any point will do where the update is affine in the gradient
     if not loop.optimiser.linear_in_gradient:
         with loop.replay.step(t):
