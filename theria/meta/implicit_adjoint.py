@@ -19,7 +19,7 @@ from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.constant import plain_gradient
 from theria.meta.implicit.equation import Request, judge, resolved
-from theria.meta.implicit.frozen import check_explicit, check_repeatable, differentiating, freeze
+from theria.meta.implicit.frozen import check_function, differentiating, freeze
 from theria.meta.implicit.linear_solve import ScaledIdentity, attach
 from theria.meta.implicit.rules import Stationary, Theta
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
@@ -127,8 +127,7 @@ def _solve(
     rule = Stationary(second_order(inner_loss))
     final, constants, hyper = freeze((params, context, hyper))
     if differentiating():
-        value = check_repeatable(rule.loss, (final, constants), "the inner loss")
-        check_explicit(value, "the inner loss")
+        check_function(rule.loss, (final, context), "the inner loss")
     with torch.no_grad():
         state = optimiser.init(final)
         for _ in range(steps):

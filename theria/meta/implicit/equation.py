@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from theria.meta.implicit.frozen import Tree, check_explicit, check_repeatable, each_task, freeze
+from theria.meta.implicit.frozen import Tree, check_function, each_task, freeze
 from theria.meta.implicit.linear_solve import attach
 from theria.meta.implicit.rules import Equation, Theta
 from theria.meta.solvers import LinearSolver, Result, Solution, SolverError
@@ -82,7 +82,7 @@ def iterate_to_solution(
         raise ValueError(f"max_iter={max_iter!r}: give an integer of at least 1")
     x, constants = freeze((x0, theta))
     space = Space.of(x, "x0")
-    _check_function(request, rule, x, constants)
+    _check_function(request, rule, x, theta)
 
     def function(vector: Tensor) -> Tensor:
         value = rule.value(space.unravel(vector), constants)
@@ -102,18 +102,17 @@ def solution_of_user(
     with torch.no_grad():
         x = solver(start, *constants) if vectorized else each_task(solver, start, *constants)
         x = freeze(x)
-    _check_function(request, rule, x, constants)
+    _check_function(request, rule, x, theta)
     unknown = torch.zeros_like(pytree.tree_leaves(x)[0].sum(), dtype=torch.int64)
     return differentiable(request, rule, judge(request, rule, x, constants, unknown, unknown), theta)
 
 
-def _check_function(request: Request, rule: Equation, x: Tree, constants: Theta) -> None:
-    """Evaluate the function once: on constants it has to be constant, the same each time, and of the right shape."""
+def _check_function(request: Request, rule: Equation, x: Tree, theta: Theta) -> None:
+    """One evaluation: its value has to be of the right shape, and see `check_function`."""
     name = f"the value of the function of {request.what}"
-    value = check_repeatable(rule.value, (x, constants), f"the function of {request.what}")
-    check_explicit(value, f"the function of {request.what}")
+    value = check_function(lambda x, *theta: rule.value(x, theta), (x, *theta), f"the function of {request.what}")
     if not rule.scalar:
-        Space.of(x, "x").ravel(freeze(value), name)
+        Space.of(x, "x").ravel(freeze(value), name)  # vmap hides its dimensions from the shapes of x
     elif not (isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()):
         given = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} is {given}: it has to be one floating-point number, such as a sum over the samples")

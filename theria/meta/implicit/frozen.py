@@ -39,31 +39,44 @@ def _freeze(x: Tensor) -> Tensor:
 
 
 def differentiating() -> bool:
-    """Whether a derivative could be lost here: outside of `no_grad`, or inside forward mode."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+    """Whether a derivative could be asked for here: outside of `no_grad`, in forward mode or in a `torch.func` one."""
+    active = torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or active
 
 
-def check_explicit(value: Tree, what: str) -> None:
-    """Raise where the value of a function on constants carries a derivative all the same.
+def check_function(function: Callable[..., Tree], arguments: Sequence[Tree], what: str) -> Tree:
+    """The value of `function` at the constants of the first task, when an implicit rule may differentiate it.
+
+    Args:
+        arguments: what is given to it, with their derivatives.
 
     Raises:
-        ValueError: the function reads a tensor that is being differentiated and is not an argument: what an implicit
-            rule knows nothing of, so that its derivative would be lost without a word.
+        ValueError: for one that reads a tensor that is being differentiated and is no argument: a rule knows nothing of
+            it, so that its derivative would be lost without a word. For one that reads a tensor over which
+            `torch.func.vmap` maps and that is no argument: a backward under another vmap would take it for that one's
+            (PyTorch tells levels apart by their number alone). For one that draws random numbers: its derivative would
+            be that of another function than the one that was solved.
     """
-    if any(carries_derivative(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)):
+    constants = pytree.tree_map_only(Tensor, _first_task, freeze(arguments))
+    value = _repeatable(function, constants, what)
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    if any(carries_derivative(leaf) for leaf in leaves):
         raise ValueError(
             f"{what} depends on a tensor that is being differentiated (requires_grad=True, or a tangent) and is not "
             f"among its arguments: a closed-over variable, or a parameter of a module. Its derivative would be lost. "
             f"Pass it as an argument (for a module: torch.func.functional_call with its parameters), or detach it"
         )
+    if any(_mapped(leaf) for leaf in leaves) and any(
+        carries_derivative(leaf) for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)
+    ):
+        raise ValueError(
+            f"{what} depends on a tensor that torch.func.vmap maps over and that is not among its arguments, which "
+            f"PyTorch cannot bring into an autograd.Function: pass it as an argument"
+        )
+    return value
 
 
-def check_repeatable(function: Callable[..., Tree], arguments: Sequence[Any], what: str) -> Tree:
-    """The value of `function(*arguments)`, when it draws no random numbers of torch's global generators.
-
-    Raises:
-        ValueError: for one that does: its derivative would be taken of another function than the one that was solved.
-    """
+def _repeatable(function: Callable[..., Tree], arguments: Sequence[Any], what: str) -> Tree:
     states = RandomStates([x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)])
     with torch.random.fork_rng(states.devices):
         before = states.current()
@@ -75,6 +88,21 @@ def check_repeatable(function: Callable[..., Tree], arguments: Sequence[Any], wh
             f"eval(), give the noise as an argument, or take an adjoint that follows the steps, such as Unrolled()"
         )
     return value
+
+
+def _first_task(x: Tensor) -> Tensor:
+    """A constant without its levels of vmap."""
+    with temporarily_clear_interpreter_stack():
+        inner, levels = _tasks_first(x)
+        return inner[(0,) * len(levels)] if levels else inner
+
+
+def _mapped(x: Tensor) -> bool:
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
 
 
 def each_task(function: Callable[..., Tree], *arguments: Tree) -> Tree:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from theria.meta.implicit.forward_mode import below_the_tangent
-from theria.meta.implicit.frozen import Tree, check_explicit, differentiating, freeze
+from theria.meta.implicit.frozen import Tree, check_function, differentiating, freeze
 from theria.meta.implicit.operators import Args, Operator, Products
 from theria.meta.implicit.rules import Rule, Selected, System, Theta
 from theria.meta.replay import carries_derivative
@@ -50,8 +50,7 @@ def linear_solve(
     """
     solver = solver or GMRES()
     operator = Products(matvec, symmetric)
-    frozen = freeze((b, args))
-    check_explicit(matvec(frozen[0], *frozen[1]), "matvec")
+    check_function(matvec, (b, *args), "matvec")
     return solve_system(operator, args, b, solver, throw)
 
 
@@ -112,7 +111,7 @@ def attach(rule: Rule, x: Tree, theta: Theta, solver: LinearSolver, throw: bool)
         solver: of the linear systems of the derivatives.
         throw: raise where such a solve fails; else the derivative is NaN there.
     """
-    if not differentiating() and not torch._C._are_functorch_transforms_active():
+    if not differentiating():
         return x
     values, structure = pytree.tree_flatten(x)
     leaves, spec = pytree.tree_flatten(theta)
