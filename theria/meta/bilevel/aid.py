@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from theria.curvature.hvp import Mode, hvp
+from theria.meta.bilevel.directions import inner_terms
 from theria.meta.bilevel.problem import BilevelProblem, Evaluation, Method
 from theria.meta.bilevel.trees import Tree, add, norm, scaled, zeros_like
 from theria.meta.checks import check_steps
@@ -82,12 +83,8 @@ class AID(Method):
             lambda u: hvp(lambda z: problem.g(z, outer), z, u, self.mode), scaled(-1.0, f_z), v0, throw=self.throw
         )
 
-        def gradients(z: Tree) -> tuple[Tree, Tree]:
-            return plain_gradient(lambda both: problem.g(*both), (z, outer))
-
-        # d/dx (dg/dz . v) is the tangent of dg/dx along v, by symmetry of second derivatives.
-        (g_z, _), (_, cross) = torch.func.jvp(gradients, (z,), (solution.value,))[:2]
-        return Computed(value, add(f_x, cross), z, norm(g_z), solution)
+        terms = inner_terms(problem, z, solution.value, outer)
+        return Computed(value, add(f_x, terms.cross), z, norm(terms.gradient), solution)
 
     def _descend(self, problem: BilevelProblem, outer: Tree, inner0: Tree) -> Tree:
         leaves, spec = pytree.tree_flatten(inner0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from theria.meta.bilevel.problem import BilevelProblem
-from theria.meta.bilevel.trees import Tree, add
+from theria.meta.bilevel.trees import Tree, add, dot
 from theria.meta.constant import plain_gradient
 
 Rate = float | Callable[[Tensor], Tensor]  # a constant, or a function of the step counted from 0
@@ -44,12 +44,13 @@ class OuterTerms(NamedTuple):
 
 
 def inner_terms(problem: BilevelProblem, z: Tree, v: Tree, x: Tree) -> InnerTerms:
-    """One pass forward over reverse: the gradient of g in (z, x), and its tangent along v in z."""
+    """One double backward gives all three: the gradients in z and in x of <dg/dz, v>, and dg/dz beside them."""
 
-    def gradients(z: Tree) -> tuple[Tree, Tree]:
-        return plain_gradient(lambda both: problem.g(*both), (z, x))
+    def along(z: Tree, x: Tree) -> tuple[Tensor, Tree]:
+        gradient = torch.func.grad(problem.g)(z, x)
+        return dot(gradient, v), gradient
 
-    (gradient, _), (hessian, cross) = torch.func.jvp(gradients, (z,), (v,))[:2]
+    (hessian, cross), gradient = torch.func.grad(along, (0, 1), has_aux=True)(z, x)
     return InnerTerms(gradient, hessian, cross)
 
 

@@ -30,9 +30,15 @@ def zeros_like(a: Tree) -> Tree:
     return pytree.tree_map(torch.zeros_like, a)
 
 
+def dot(a: Tree, b: Tree) -> Tensor:
+    """<a, b> over all leaves."""
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return torch.stack([(x * y).sum() for x, y in pairs]).sum()
+
+
 def norm(a: Tree) -> Tensor:
     """The 2-norm over all leaves."""
-    return torch.stack([x.square().sum() for x in pytree.tree_leaves(a)]).sum().sqrt()
+    return dot(a, a).sqrt()
 
 
 def detached(a: Tree) -> Tree:
