@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from theria.meta import ANIL, FOMAML, MAML, SGD, MixedMode, Unrolled
 from theria.meta.cavia import CAVIA, ExtraInputs, FiLM
+from theria.meta.implicit_adjoint import Identity, Implicit
 from theria.meta.learner import Learner
 from theria.meta.maml import MetaSGD
 from theria.meta.maml_plus_plus import MAMLPlusPlus
@@ -225,6 +226,8 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: MAMLPlusPlus(network(), cross_entropy, steps=2, weights=[0, 0]), "not all 0"),
     (lambda: MAMLPlusPlus(network(), cross_entropy, steps=0), "steps=0: give at least 1"),
     (lambda: MAMLPlusPlus(network(), cross_entropy, multi_step_epochs=-1), "multi_step_epochs=-1"),
+    (lambda: MAML(network(), cross_entropy, adjoint=Implicit()), "Use IMAML, whose proximal term"),
+    (lambda: MAMLPlusPlus(network(), cross_entropy, adjoint=Identity(0.1)), "would have no gradient"),
     (lambda: MAML(network(), cross_entropy, _a_class()), "inner=<class.*give an inner optimiser"),
 ]
 

@@ -5,6 +5,7 @@ M = I - a A and theta* = A^-1 c.
 """
 
 import copy
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.functional import cross_entropy, mse_loss
 
-from theria.meta import MAML, SGD, Adjoint, FirstOrder, MixedMode, Unrolled
+from theria.meta import MAML, SGD, Adjoint, FirstOrder, Higher, MixedMode, Unrolled
 from theria.meta.cavia import CAVIA
+from theria.meta.implicit_adjoint import Implicit
 from theria.meta.maml import MetaSGD
 from theria.meta.maml_plus_plus import MAMLPlusPlus, multi_step_weights
 from theria.meta.optimisers import Adam, InnerOptimiser
 from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2, ridge_regression
 from theria.meta.reptile import Reptile
+from theria.meta.solvers import CG
 from theria.meta.trajectory import trajectory
+from theria.meta.truncated import Truncated
 from theria.nn import MLP
 
 CLOSED = 1e-10  # float64, a closed form against a few steps
@@ -138,7 +142,7 @@ def test_rates_of_each_step(adjoint: Adjoint, quadratic: Quadratic) -> None:
 OPTIMISERS: list[InnerOptimiser] = [
     SGD(0.3),
     SGD(0.3, momentum=0.9, nesterov=True, learn_lr=True),
-    SGD([0.3, 0.2, 0.1], learn_lr="tensor"),
+    SGD([0.3, 0.2, 0.1], momentum=0.5, learn_lr="tensor"),
     Adam(0.1, learn_lr=True),
 ]
 
@@ -191,6 +195,21 @@ def test_a_trajectory_is_a_solve_of_each_length(adjoint, inner) -> None:
     walked = outer(lambda p, x, h: trajectory(adjoint, loss, p, x, inner, h, 3))
     solved = outer(lambda p, x, h: [adjoint.solve(loss, p, x, inner, h, t) for t in (1, 2, 3)])
     torch.testing.assert_close(walked, solved, rtol=CLOSED, atol=CLOSED)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "same"),
+    [(Truncated(9), Unrolled()), (Truncated(0), FirstOrder()), (Higher(), Unrolled()), (Unrolled(2), Unrolled())],
+    ids=["truncated", "none", "higher", "checkpoints"],
+)
+def test_adjoints_that_must_agree_agree_on_the_path(adjoint, same, classes) -> None:
+    model = MLP([2, 5, 3], activation=nn.Tanh).double()
+    actual, expected = (
+        gradients(MAMLPlusPlus(model, cross_entropy, SGD(0.3, learn_lr=True), 3, a, first_order_epochs=0), classes)
+        for a in (adjoint, same)
+    )
+    for name, value in expected.items():
+        close(actual[name], value)
 
 
 def test_annealing_follows_the_epoch(quadratic: Quadratic, classes: tuple[Tensor, ...]) -> None:
@@ -253,8 +272,11 @@ def test_reptile_with_another_optimiser_and_alpha(classes: tuple[Tensor, ...]) -
 
 
 # --------------------------------------------------------------------------------------------------------------- CAVIA
-@pytest.mark.parametrize("steps", [1, 6])
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=named)
+@pytest.mark.parametrize(
+    ("adjoint", "steps"),
+    [*product(ADJOINTS, (1, 6)), (Implicit(CG(rtol=1e-13)), 120)],
+    ids=lambda value: named(value) if isinstance(value, Adjoint) else str(value),
+)
 def test_cavia_with_a_context_that_is_a_bias(adjoint: Adjoint, steps: int) -> None:
     """f = x.w + phi with the mean squared error: phi_T = k mean(y - x.w), k = 1 - (1 - 2a)^T, over the support.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.functional import cross_entropy
 
-from theria.meta import SGD, Adjoint, FirstOrder, MixedMode, Unrolled
+from theria.meta import MAML, SGD, Adjoint, FirstOrder, MixedMode, Unrolled
 from theria.meta.imaml import IMAML
 from theria.meta.implicit_adjoint import Implicit
 from theria.meta.solvers import CG, MINRES, Result, SolverError
@@ -109,6 +109,27 @@ def test_a_strong_pull_leaves_the_first_order_gradient_at_theta(A: Tensor, quadr
     learner(quadratics).backward()
     expected = A @ theta - quadratics[3][:, 0].mean(0)
     close(learner.params["theta"].grad, expected, tol=1e-4)
+
+
+def test_maml_takes_an_implicit_adjoint_for_what_is_not_adapted(A: Tensor, quadratics: tuple[Tensor, ...]) -> None:
+    """p at its minimum given f: d p / d f = -A_pp^-1 A_pf; the start of p has the derivative 0."""
+    params = {"p": torch.randn(3, dtype=torch.float64), "f": torch.randn(2, dtype=torch.float64)}
+
+    def loss_fn(theta: Tensor, target: Tensor) -> Tensor:
+        return theta @ A @ theta / 2 - target[0] @ theta
+
+    learner = MAML(
+        lambda p, x: torch.cat([p["p"], p["f"]]), loss_fn, SGD(0.5), 150, Implicit(TIGHT), adapt="p", params=params
+    )
+    learner(quadratics).backward()
+    expected = torch.zeros(2, dtype=A.dtype)
+    for c, y in zip(quadratics[1][:, 0], quadratics[3][:, 0], strict=True):
+        phi = torch.linalg.solve(A[:3, :3], c[:3] - A[:3, 3:] @ params["f"])
+        outer = A @ torch.cat([phi, params["f"]]) - y
+        expected += (outer[3:] - A[3:, :3] @ torch.linalg.solve(A[:3, :3], outer[:3])) / 3
+    close(learner.params["f"].grad, expected)
+    start = learner.params["p"].grad
+    assert start is None or (start == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ networks

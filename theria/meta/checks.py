@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from theria.meta.adjoint import Adjoint
+from theria.meta.implicit_adjoint import Identity, Implicit
 from theria.meta.solvers.loop import readable
 
 Adapt = Callable[[str], bool] | str | Sequence[str] | None
@@ -37,6 +38,16 @@ def check_inner(inner: Any, adjoint: Any) -> None:
         raise TypeError(f"adjoint={adjoint!r}: give a value such as MixedMode() or Unrolled()")
     if isinstance(inner, type) or not hasattr(inner, "update"):
         raise TypeError(f"inner={inner!r}: give an inner optimiser such as theria.meta.SGD(lr=0.1)")
+
+
+def check_start(adjoint: Adjoint, learned: bool) -> None:
+    """An implicit adjoint has no derivative in the start of the inner steps: something else has to be `learned`."""
+    if isinstance(adjoint, Implicit | Identity) and not learned:
+        raise ValueError(
+            f"adjoint={adjoint!r}: a minimum does not depend on where the steps began, so the initialisation, which is "
+            f"all there is to learn here, would have no gradient. Use IMAML, whose proximal term remembers it, or "
+            f"adapt a part of the model only, such as adapt='head'"
+        )
 
 
 def check_positive(name: str, value: Any, hint: str) -> float:

@@ -201,6 +201,12 @@ class GradientLearner(Learner):
                 raise TypeError(f"{self.inner!r}.hyper() gives one tensor for {kind!r}: a learner needs one by name")
             self.rates[kind] = as_parameters(rates)
 
+    @property
+    def _learns_more(self) -> bool:
+        """Whether a parameter of the model is learned and not adapted."""
+        theta = self._theta(dict(self.named_parameters()))
+        return any(p.requires_grad for name, p in theta.items() if name not in self.adapted)
+
     def _hyper(self, meta_params: Mapping[str, Tensor]) -> Hyper:
         """The learned quantities of the optimiser."""
         return {

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from theria.meta.adjoint import Adjoint, FirstOrder, Unrolled
-from theria.meta.checks import Adapt
+from theria.meta.checks import Adapt, check_start
 from theria.meta.functional import Predictor
 from theria.meta.learner import GradientLearner, LossFn
 from theria.meta.optimisers import SGD, InnerOptimiser, Params
@@ -24,7 +24,8 @@ class MAML(GradientLearner):
         loss_fn: (prediction, target) -> scalar.
         inner: the inner optimiser; `SGD(lr, learn_lr=True)` learns its rates too (Meta-SGD).
         steps: number of inner steps, at least 1.
-        adjoint: how the inner solution is differentiated: `Unrolled()`, `MixedMode()`, `FirstOrder()`, `Higher()`.
+        adjoint: how the inner solution is differentiated: `Unrolled()`, `MixedMode()`, `FirstOrder()`, `Higher()`, ...
+            Implicit ones have no derivative in the initialisation: see `IMAML`.
         adapt: which parameters the inner loop changes: None for all that require grad, a predicate on names, or
             names of parameters or modules. The others are meta-learned only.
         params: the initial parameters of a pure function, by name.
@@ -65,6 +66,7 @@ class MAML(GradientLearner):
             batch_norm=batch_norm,
         )
         self._choose(adapt)
+        check_start(self.adjoint, learned=self._learns_more)
 
     def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
         """theta_T, all parameters, by the model's own names."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from theria.meta.adjoint import Adjoint, FirstOrder, Unrolled
-from theria.meta.checks import Adapt, check_epochs, check_steps, check_weights
+from theria.meta.checks import Adapt, check_epochs, check_start, check_steps, check_weights
 from theria.meta.functional import Predictor
 from theria.meta.learner import GradientLearner, LossFn
 from theria.meta.optimisers import SGD, InnerOptimiser, Params
@@ -54,6 +54,7 @@ class MAMLPlusPlus(GradientLearner):
         inner = SGD([0.1] * check_steps(steps, least=1), learn_lr="tensor") if inner is None else inner
         super().__init__(model, loss_fn, inner, steps, Unrolled() if adjoint is None else adjoint, **options)
         self._choose(adapt)
+        check_start(self.adjoint, learned=self._learns_more)
         check_epochs(multi_step_epochs=multi_step_epochs, first_order_epochs=first_order_epochs)
         self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
         self.weights = None if weights is None else check_weights(weights, steps)

@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from theria.meta.adjoint import Adjoint, Context, FirstOrder, InnerLoss, Unrolled
+from theria.meta.adjoint import Adjoint, Context, FirstOrder, InnerLoss, Unrolled, one_step
 from theria.meta.mixed_mode import MixedMode
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 
@@ -67,5 +67,5 @@ class _Paused:
     def update(self, grads: Params, state: State, params: Params, hyper: Hyper) -> tuple[Params, State]:
         leaves = [params[f"state:{i}"] for i in range(self.spec.num_leaves)]
         kept = pytree.tree_unflatten(leaves, self.spec)
-        new, kept = self.optimiser.update(self.parameters(grads), kept, self.parameters(params), hyper)
+        new, kept = one_step(self.optimiser, self.parameters(grads), kept, self.parameters(params), hyper)
         return self.join(new, pytree.tree_leaves(kept)), {}
