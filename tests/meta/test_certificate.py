@@ -168,7 +168,7 @@ def logistic(n: int = 30, dim: int = 6) -> Any:
 
 
 def test_pytrees_and_the_order_of_the_estimate() -> None:
-    """Off quadratics the corrected hypergradient's error is quadratic in that of the inner solution, the given one's linear."""
+    """Off quadratics the corrected one errs by the square of the inner error, the given one in proportion to it."""
     inner_loss, outer_loss, z, x = logistic()
     exact = certify(inner_loss, outer_loss, z, x, solver=CG(rtol=1e-13))
     assert exact.ok, exact
