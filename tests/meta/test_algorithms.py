@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from theria.meta import ANIL, FOMAML, MAML, SGD, MixedMode, Unrolled
 from theria.meta.cavia import CAVIA, ExtraInputs, FiLM
+from theria.meta.imaml import IMAML
 from theria.meta.implicit_adjoint import Identity, Implicit
 from theria.meta.learner import Learner
 from theria.meta.maml import MetaSGD
@@ -228,6 +229,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: MAMLPlusPlus(network(), cross_entropy, multi_step_epochs=-1), "multi_step_epochs=-1"),
     (lambda: MAML(network(), cross_entropy, adjoint=Implicit()), "Use IMAML, whose proximal term"),
     (lambda: MAMLPlusPlus(network(), cross_entropy, adjoint=Identity(0.1)), "would have no gradient"),
+    (lambda: IMAML(network(), cross_entropy, SGD(0.1, learn_lr=True)), "learns rates and adjoint=Implicit"),
     (lambda: MAML(network(), cross_entropy, _a_class()), "inner=<class.*give an inner optimiser"),
 ]
 

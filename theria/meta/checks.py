@@ -50,6 +50,15 @@ def check_start(adjoint: Adjoint, learned: bool) -> None:
         )
 
 
+def check_rates(adjoint: Adjoint, inner: Any) -> None:
+    """Learned rates need a derivative, which an implicit adjoint does not have."""
+    if isinstance(adjoint, Implicit | Identity):
+        raise ValueError(
+            f"inner={inner!r} learns rates and adjoint={adjoint!r} gives them no gradient, as a minimum does not depend "
+            f"on the steps: use learn_lr=False, or another adjoint"
+        )
+
+
 def check_positive(name: str, value: Any, hint: str) -> float:
     """`value`, when it is a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):

@@ -19,6 +19,7 @@ from theria.meta.checks import (
     check_inner,
     check_loss_fn,
     check_no_steps,
+    check_rates,
     check_scalar,
     check_steps,
     check_support,
@@ -199,6 +200,7 @@ class GradientLearner(Learner):
         for kind, rates in self.inner.hyper(values).items():
             if not isinstance(rates, dict):
                 raise TypeError(f"{self.inner!r}.hyper() gives one tensor for {kind!r}: a learner needs one by name")
+            check_rates(self.adjoint, self.inner)
             self.rates[kind] = as_parameters(rates)
 
     @property
