@@ -1,0 +1,131 @@
+"""The outer step as one CUDA graph: thousands of kernels of a few microseconds each, started by one call.
+
+A second derivative through an inner loop is many small kernels, and Python starts them slower than the GPU runs them.
+Where the shapes stay the same from step to step, the whole step (inner loop, outer loss, its gradient) is recorded once
+and then replayed, by one call, without Python in between.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+WARM_UP = 2  # steps before recording: libraries load and kernels compile in them
+
+
+class CapturedStep:
+    """`loss = step(episode)` is `loss = learner(episode)` and the gradient of it in every parameter's `.grad`.
+
+        step = CapturedStep(learner)
+        for episode in episodes:
+            loss = step(episode)
+            optimiser.step()
+
+    The gradients replace those of the step before: there is nothing to zero, and nothing accumulates. Each set of
+    shapes is recorded at its first episode; recording runs the step three times. Anywhere but on a CUDA device, nothing
+    is recorded and every step runs as it is.
+
+    What is recorded is fixed: the shapes, the addresses of parameters and buffers (an optimiser of PyTorch updates them
+    in place, and so does `load_state_dict`), and every branch that Python took. The memory of a step stays with its
+    graph. Parameters that were moved, frozen or replaced since are noticed and recorded anew; a hyperparameter that
+    is a Python number is not: make another step after changing one.
+
+    Args:
+        learner: a module whose call on an episode returns the outer loss, a scalar.
+        parameters: those that get a gradient; by default all of the learner's that require one.
+
+    Raises:
+        ValueError: no parameter requires a gradient, or the loss is no scalar.
+        RuntimeError: the step cannot be recorded, because it waits for the device (a solver that looks at its
+            residuals, an assertion on values) or draws on the CPU (a dropout seed).
+    """
+
+    def __init__(self, learner: nn.Module, parameters: Sequence[nn.Parameter] | None = None) -> None:
+        self.learner = learner
+        self._given = None if parameters is None else list(parameters)
+        self._graphs: dict[Any, _Recorded] = {}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What gets a gradient, as of now."""
+        found = list(self.learner.parameters()) if self._given is None else self._given
+        wanted = [p for p in found if p.requires_grad]
+        if not wanted:
+            raise ValueError("no parameter requires a gradient: there is no outer gradient to compute")
+        return wanted
+
+    def __call__(self, episode: Any) -> Tensor:
+        """The outer loss, detached; the gradients are in `.grad`.
+
+        Args:
+            episode: a pytree whose tensors are on the device of the parameters.
+        """
+        parameters = self.parameters
+        if parameters[0].device.type != "cuda":
+            return self._run(episode, parameters)
+        leaves, structure = pytree.tree_flatten(episode)
+        key = _layout(leaves), structure, _places(self.learner), tuple(p.data_ptr() for p in parameters)
+        recorded = self._graphs.get(key)
+        if recorded is None:
+            # what belonged to parameters that are elsewhere now will not be replayed again
+            self._graphs = {k: graph for k, graph in self._graphs.items() if k[2:] == key[2:]}
+            recorded = self._graphs[key] = _Recorded(self._run, leaves, structure, parameters)
+        return recorded.replay(leaves, parameters)
+
+    def _run(self, episode: Any, parameters: list[nn.Parameter]) -> Tensor:
+        for p in parameters:
+            p.grad = None
+        loss = self.learner(episode)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the learner returned {given}; a scalar loss is needed. Reduce it, e.g. by .mean()")
+        loss.backward()
+        return loss.detach()
+
+
+class _Recorded:
+    """One graph, with the tensors it reads and writes."""
+
+    def __init__(self, run: Any, leaves: list[Any], structure: Any, parameters: list[nn.Parameter]) -> None:
+        self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        self.graph = torch.cuda.CUDAGraph()
+        episode = pytree.tree_unflatten(self.inputs, structure)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                run(episode, parameters)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        try:
+            # another thread, such as one that loads data, may use the device meanwhile
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+                self.loss = run(episode, parameters)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the step cannot be recorded as a CUDA graph: something in it waits for the device or draws on the "
+                "CPU. Solvers: check_every=None, throw=False. Dropout in attention: a seed tensor on the device. Or run the "
+                "step without recording it: loss = learner(episode); loss.backward()"
+            ) from error
+        self.grads = [p.grad for p in parameters]
+
+    def replay(self, leaves: list[Any], parameters: list[nn.Parameter]) -> Tensor:
+        for mine, given in zip(self.inputs, leaves, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(given)
+        self.graph.replay()
+        for p, grad in zip(parameters, self.grads, strict=True):
+            p.grad = grad  # also where the optimiser has set it to None
+        return self.loss.clone()
+
+
+def _layout(leaves: list[Any]) -> tuple[Any, ...]:
+    """What a graph is recorded for: shapes, dtypes and devices of tensors, other values themselves."""
+    return tuple((x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves)
+
+
+def _places(learner: nn.Module) -> tuple[int, ...]:
+    """Where the learner's tensors are, and whether it trains."""
+    return (*(x.data_ptr() for x in [*learner.parameters(), *learner.buffers()]), learner.training)
