@@ -106,8 +106,8 @@ class _Recorded:
         except RuntimeError as error:
             raise RuntimeError(
                 "the step cannot be recorded as a CUDA graph: something in it waits for the device or draws on the "
-                "CPU. Solvers: check_every=None, throw=False. Dropout in attention: a seed tensor on the device. Or run the "
-                "step without recording it: loss = learner(episode); loss.backward()"
+                "CPU. Solvers: check_every=None, throw=False. Dropout in attention: a seed tensor on the device. Or "
+                "run the step without recording it: loss = learner(episode); loss.backward()"
             ) from error
         self.grads = [p.grad for p in parameters]
 
