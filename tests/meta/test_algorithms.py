@@ -228,7 +228,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: MAMLPlusPlus(network(), cross_entropy, steps=0), "steps=0: give at least 1"),
     (lambda: MAMLPlusPlus(network(), cross_entropy, multi_step_epochs=-1), "multi_step_epochs=-1"),
     (lambda: MAML(network(), cross_entropy, adjoint=Implicit()), "Use IMAML, whose proximal term"),
-    (lambda: MAMLPlusPlus(network(), cross_entropy, adjoint=Identity(0.1)), "would have no gradient"),
+    (lambda: MAMLPlusPlus(network(), cross_entropy, SGD(0.1), adjoint=Identity(0.1)), "would have no gradient"),
     (lambda: IMAML(network(), cross_entropy, SGD(0.1, learn_lr=True)), "learns rates and adjoint=Implicit"),
     (lambda: MAML(network(), cross_entropy, _a_class()), "inner=<class.*give an inner optimiser"),
 ]

@@ -54,8 +54,8 @@ def check_rates(adjoint: Adjoint, inner: Any) -> None:
     """Learned rates need a derivative, which an implicit adjoint does not have."""
     if isinstance(adjoint, Implicit | Identity):
         raise ValueError(
-            f"inner={inner!r} learns rates and adjoint={adjoint!r} gives them no gradient, as a minimum does not depend "
-            f"on the steps: use learn_lr=False, or another adjoint"
+            f"inner={inner!r} learns rates and adjoint={adjoint!r} gives them no gradient, as a minimum does not "
+            f"depend on the steps: use learn_lr=False, or another adjoint"
         )
 
 
