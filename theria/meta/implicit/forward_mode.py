@@ -20,6 +20,8 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from theria.meta.constant import plain_gradient
+
 Tree = Any  # a pytree of tensors
 
 
@@ -51,7 +53,22 @@ def _without(x: Any, level: int) -> Any:
 
 def push_forward(function: Callable[[Tree], Tree], x: Tree, tangent: Tree) -> Tree:
     """The derivative of `function` at x along `tangent`, also where a dual level of `torch.autograd` is open."""
-    if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING:
+    if _forward_mode_is_free():
         return torch.func.jvp(function, (x,), (tangent,))[1]
     value, pull = torch.func.vjp(function, x)[:2]
     return torch.func.vjp(lambda u: pull(u)[0], pytree.tree_map(torch.zeros_like, value))[1](tangent)[0]
+
+
+def hessian_product(loss: Callable[[Tree], Tensor], x: Tree, v: Tree, constant: bool) -> Tree:
+    """H v, forward over reverse.
+
+    Args:
+        constant: nothing will differentiate it in reverse, so that each activation is freed as the pass is beyond it.
+    """
+    once = constant and _forward_mode_is_free()  # else the gradient itself is differentiated in reverse
+    gradient = (lambda x: plain_gradient(loss, x)) if once else torch.func.grad(loss)
+    return push_forward(gradient, x, v)
+
+
+def _forward_mode_is_free() -> bool:
+    return forward_ad._current_level < 0 or bool(eager_transforms.JVP_NESTING)

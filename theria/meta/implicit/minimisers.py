@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from theria.meta.constant import plain_gradient
 from theria.meta.implicit.equation import Ended, Method
-from theria.meta.implicit.forward_mode import push_forward
+from theria.meta.implicit.forward_mode import hessian_product
 from theria.meta.implicit.search import backtrack
 from theria.meta.solvers import CG, LinearSolver
 from theria.meta.solvers.base import check_count
@@ -128,12 +129,11 @@ class NewtonCG(Method):
     check_every: int | None = 1
 
     def run(self, function: Loss, x: Tensor, tol: float, bound: int) -> Ended:
-        def gradient(x: Tensor) -> Tensor:
-            return plain_gradient(function, x)
-
         def step(state: Vectors) -> Stepped:
             x, value, g = state
-            d = self.linear_solver.solve(lambda v: push_forward(gradient, x, v), -g, throw=False).value
+            d = self.linear_solver.solve(
+                lambda v: hessian_product(function, x, v, constant=True), -g, throw=False
+            ).value
             good, (x, value, g) = _search(function, x, value, g, d, self.halvings)
             return _code(norm(g), tol, good), (x, value, g)
 

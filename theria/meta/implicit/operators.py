@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from theria.meta.constant import plain_gradient
-from theria.meta.implicit.forward_mode import push_forward
+from theria.meta.implicit.forward_mode import hessian_product, push_forward
 from theria.meta.implicit.frozen import Tree
 from theria.meta.solvers.system import LinearMap
 
@@ -126,13 +125,7 @@ class Hessian(Operator):
 
     def bind(self, args: Args, like: Tree, constant: bool) -> LinearMap:
         x, theta = args
-
-        def gradient(x: Tree) -> Tree:
-            if constant:
-                return plain_gradient(lambda x: self.loss(x, *theta), x)
-            return torch.func.grad(lambda x: self.loss(x, *theta))(x)
-
-        return lambda v: push_forward(gradient, x, v)
+        return lambda v: hessian_product(lambda x: self.loss(x, *theta), x, v, constant)
 
     @property
     def T(self) -> Operator:
