@@ -1,5 +1,6 @@
 """Five ways to one meta-gradient, at 1e-10 in float64: they differ only in the order of the sums."""
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -8,7 +9,11 @@ import torch
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from theria.meta import FirstOrder, Higher, MixedMode, Unrolled
+from theria.meta import MAML, SGD, FirstOrder, Higher, MixedMode, Unrolled
+from theria.meta.optimisers import Adam, AdamW, Lion, RMSprop
+from theria.meta.solvers import Neumann
+from theria.meta.truncated import Truncated
+from theria.nn import TransformerClassifier
 
 
 def by_hand(problem):
@@ -153,3 +158,105 @@ class _Ignoring(torch.nn.Module):
 
     def forward(self, x):
         return self.head(self.body(x))
+
+
+EXACT_ADJOINTS = [Unrolled(checkpoint_every=2), MixedMode(), MixedMode(checkpoint_every=2), Truncated(4)]
+
+
+@pytest.mark.parametrize(
+    "sgd",
+    [
+        SGD(0.3, momentum=0.9, dampening=0.5, weight_decay=0.1),
+        SGD([0.3, 0.1, 0.2, 0.4], learn_lr="tensor"),
+        Adam(0.1, eps=0.1, weight_decay=0.1, learn_lr=True),
+        Adam([0.1, 0.2], amsgrad=True, learn_lr="tensor"),
+        AdamW(0.1),
+        RMSprop(0.1, centered=True, momentum=0.9, learn_lr=True),
+        Lion(0.1, weight_decay=0.1, learn_lr="tensor"),
+    ],
+    ids=lambda optimiser: type(optimiser).__name__,
+)
+def test_every_exact_adjoint_agrees_for_every_optimiser(problem, sgd, same):
+    expected = problem.gradient(Unrolled())
+    for adjoint in EXACT_ADJOINTS:
+        same(problem.gradient(adjoint), expected)
+    if isinstance(sgd, (SGD, Adam)):
+        same(by_backward(problem, Higher()), expected)
+
+
+@pytest.mark.parametrize("inner", [SGD(0.1), Adam(0.01, eps=0.1)], ids=lambda optimiser: type(optimiser).__name__)
+def test_every_exact_adjoint_agrees_on_a_transformer(inner):
+    """Through `theria.ops.sdpa`, two tasks, three inner steps."""
+    torch.manual_seed(0)
+    model = TransformerClassifier(3, image_size=14, d_model=16, n_heads=2, n_layers=2).double()
+    x, y = torch.rand(2, 2, 6, 1, 14, 14, dtype=torch.float64), torch.arange(3).repeat(2, 2, 2)
+
+    def gradient(adjoint):
+        loss = MAML(model, torch.nn.functional.cross_entropy, inner, 3, adjoint)((x[0], y[0], x[1], y[1]))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    expected = gradient(Unrolled())
+    assert (gradient(FirstOrder()) - expected).norm() > 1e-3 * expected.norm()
+    for adjoint in (*EXACT_ADJOINTS, Higher()):
+        assert (gradient(adjoint) - expected).norm() <= 1e-10 * expected.norm(), adjoint
+
+
+@pytest.mark.parametrize("sgd", [SGD(0.3, momentum=0.9, learn_lr=True)], ids=["momentum"])
+def test_truncated_lies_between_first_order_and_unrolled(problem, same):
+    same(problem.gradient(Truncated(0)), problem.gradient(FirstOrder()), tol=1e-12)
+    for enough in (problem.steps, problem.steps + 3):
+        same(problem.gradient(Truncated(enough)), problem.gradient(Unrolled()), tol=1e-12)
+    gradients = [pytree.tree_leaves(problem.gradient(Truncated(k))) for k in range(problem.steps + 1)]
+    for before, after in itertools.pairwise(gradients):
+        assert max((a - b).abs().max() for a, b in zip(before, after, strict=True)) > 1e-4
+
+
+@pytest.mark.parametrize("sgd", [SGD(0.3)], ids=["plain"])
+def test_truncated_differentiates_the_last_steps_from_where_they_start(problem, same):
+    """By hand: the first two steps end in constants plus theta_0, the last two are those of `Unrolled`."""
+    adapted, fixed, x, _ = problem.arguments
+    context = {"fixed": fixed, "x": x, "y": problem.y, "power": 1}
+
+    def final(adapted):
+        return pytree.tree_leaves(Truncated(2).solve(problem.inner_loss, adapted, context, problem.sgd, {}, 4))[0].sum()
+
+    middle = Unrolled().solve(problem.inner_loss, adapted, context, problem.sgd, {}, 2)
+    shift = {name: (p - adapted[name]).detach() for name, p in middle.items()}
+
+    def by_hand(adapted):
+        start = {name: p + shift[name] for name, p in adapted.items()}
+        return pytree.tree_leaves(Unrolled().solve(problem.inner_loss, start, context, problem.sgd, {}, 2))[0].sum()
+
+    same(grad(final)(adapted), grad(by_hand)(adapted))
+
+
+@pytest.mark.parametrize("terms", [0, 1, 5])
+def test_truncated_at_a_fixed_point_is_the_neumann_series(terms):
+    """L = theta A theta / 2 - theta (B c): d theta / d c = lr sum_{k <= K} (I - lr A)^k B with K + 1 steps."""
+    root = torch.randn(4, 4, dtype=torch.float64)
+    a, b, rate = root @ root.T + torch.eye(4, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64), 0.05
+    c, cotangent = torch.randn(2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    solution = {"theta": torch.linalg.solve(a, b @ c)}
+
+    def loss(params, c):
+        return params["theta"] @ a @ params["theta"] / 2 - params["theta"] @ (b @ c)
+
+    def outer(c, adjoint, steps):
+        return adjoint.solve(loss, solution, c, SGD(rate), {}, steps)["theta"] @ cotangent
+
+    actual = grad(outer)(c, Truncated(terms + 1), terms + 4)
+    matrix, series = torch.eye(4, dtype=torch.float64) - rate * a, torch.zeros_like(a)
+    for k in range(terms + 1):
+        series += rate * torch.linalg.matrix_power(matrix, k)
+    torch.testing.assert_close(actual, b.T @ (series @ cotangent), rtol=1e-10, atol=1e-10)
+    solver = Neumann(scale=rate, max_iterations=terms + 1)
+    solved = solver.solve(lambda v: a @ v, cotangent, throw=False).value
+    torch.testing.assert_close(actual, b.T @ solved, rtol=1e-10, atol=1e-10)
+    full = grad(outer)(c, Unrolled(), terms + 1)  # from the solution, the state stays there
+    torch.testing.assert_close(actual, full, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [-1, 1.0, True])
+def test_truncated_wants_a_number_of_steps(steps):
+    with pytest.raises(ValueError, match=r"Truncated\(steps="):
+        Truncated(steps)

@@ -149,7 +149,7 @@ def test_a_closed_over_tensor_that_is_mapped_over_raises(closed):
 def test_higher_says_what_it_cannot_do(problem):
     with pytest.raises(NotImplementedError, match=r"inside torch\.func"):
         problem.gradient(Higher())
-    with pytest.raises(TypeError, match="runs SGD only"):
+    with pytest.raises(TypeError, match="runs SGD and Adam only"):
         Higher().solve(problem.inner_loss, problem.arguments[0], {}, object(), {}, 1)  # type: ignore[arg-type]
 
 

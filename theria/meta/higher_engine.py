@@ -1,5 +1,6 @@
 """The `higher` library as another engine for the unrolled inner loop (Grefenstette et al. 2019, arXiv 1910.01727)."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,16 +10,21 @@ from torch import Tensor, nn
 from torch._C import _functorch  # type: ignore[attr-defined]
 
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
-from theria.meta.optimisers import SGD, Hyper, InnerOptimiser, Params
+from theria.meta.optimisers import SGD, Adam, Hyper, InnerOptimiser, Params
+from theria.meta.optimisers.hyperparameters import Chosen
 
 
 @dataclass(frozen=True)
 class Higher(Adjoint):
     """Unrolls with `higher`: an independent implementation to compare with. Tasks run in a loop.
 
+    The released library (0.2.1) adds Adam's eps before the bias correction instead of after; it is given
+    eps sqrt(1 - b2^t) in step t, which makes it torch's.
+
     Raises:
         ModuleNotFoundError: when `higher` is not installed.
-        TypeError: for an inner optimiser other than `SGD`, or parameters that are not floating point.
+        TypeError: for an inner optimiser other than `SGD` and `Adam`.
+        ValueError: for a hyperparameter other than the rates.
         NotImplementedError: under torch.func transforms, which the library does not know.
     """
 
@@ -34,8 +40,12 @@ class Higher(Adjoint):
         steps: int,
     ) -> Params:
         higher = _import_higher()
-        if not isinstance(optimiser, SGD):
-            raise TypeError(f"adjoint=Higher() runs SGD only and was given {optimiser!r}: use adjoint=Unrolled()")
+        if not isinstance(optimiser, (SGD, Adam)):
+            raise TypeError(
+                f"adjoint=Higher() runs SGD and Adam only and was given {optimiser!r}: use adjoint=Unrolled()"
+            )
+        if hyper.keys() - {"lr"}:
+            raise ValueError(f"adjoint=Higher() takes learned rates alone, not {sorted(hyper)}: use adjoint=Unrolled()")
         if _functorch.peek_interpreter_stack() is not None:
             raise NotImplementedError(
                 "adjoint=Higher() runs under torch.autograd (loss.backward()), not inside torch.func transforms: "
@@ -44,21 +54,36 @@ class Higher(Adjoint):
         module = _AsModule(inner_loss, params)
         fast = higher.monkeypatch(module, copy_initial_weights=True, track_higher_grads=torch.is_grad_enabled())
         fast.update_params([p if p.requires_grad else p.detach().requires_grad_() for p in params.values()])
-        # One group for each parameter, so that each can have its own learned rate.
-        groups = [{"params": [p]} for p in module.parameters()]
-        reference = torch.optim.SGD(groups, lr=optimiser.lr, momentum=optimiser.momentum, nesterov=optimiser.nesterov)
-        override = {"lr": [hyper["lr"][name] for name in params]} if "lr" in hyper else None
         stepper = higher.get_diff_optim(
-            reference,
+            _reference(optimiser, list(module.parameters())),
             module.parameters(),
             fmodel=fast,
-            override=override,
             track_higher_grads=torch.is_grad_enabled(),
         )
         with torch.enable_grad():
-            for _ in range(steps):
-                stepper.step(fast(context))
+            for t in range(steps):
+                stepper.step(fast(context), override=_settings(optimiser, hyper, params, t))
         return dict(zip(params, fast.fast_params, strict=True))
+
+
+def _reference(optimiser: SGD | Adam, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser of torch that `higher` takes as its model, with a group for each parameter and so its own rate."""
+    groups = [{"params": [p]} for p in parameters]
+    options: dict[str, Any] = {"lr": 1.0, "weight_decay": optimiser.weight_decay}  # the rate comes with each step
+    if isinstance(optimiser, Adam):
+        return torch.optim.Adam(groups, betas=optimiser.betas, eps=optimiser.eps, amsgrad=optimiser.amsgrad, **options)
+    momentum, nesterov, dampening = optimiser.momentum, optimiser.nesterov, optimiser.dampening
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov, dampening=dampening, **options)
+
+
+def _settings(optimiser: SGD | Adam, hyper: Hyper, params: Params, t: int) -> dict[str, list[Any]]:
+    """What differs between the steps: the rate of each parameter, and an eps that undoes `higher`'s error."""
+    count = torch.tensor(float(t), dtype=torch.float64)
+    chosen = Chosen(optimiser, {"lr": optimiser.lr}, hyper, count)
+    settings: dict[str, list[Any]] = {"lr": [chosen("lr", name, p) for name, p in params.items()]}
+    if isinstance(optimiser, Adam):
+        settings["eps"] = [optimiser.eps * math.sqrt(1 - optimiser.betas[1] ** (t + 1))]
+    return settings
 
 
 class _AsModule(nn.Module):
