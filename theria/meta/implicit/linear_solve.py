@@ -76,7 +76,7 @@ class ScaledIdentity(LinearSolver):
 class Inexact(LinearSolver):
     """What a solver has after its bound of iterations, taken as the answer: a truncated series by choice.
 
-    `Inexact(Neumann(max_iterations=K))` at a fixed point is the derivative through the last K + 1 iterations;
+    `Inexact(Neumann(max_iterations=K))` at a fixed point is the derivative through K more iterations there;
     `Inexact(CG(max_iterations=5))` is what iMAML does. The residual says how far it is. Other failures stay failures.
     A derivative of the derivative is that of the exact inverse at the approximate value.
     """
