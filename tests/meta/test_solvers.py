@@ -7,6 +7,23 @@ from typing import Any
 import pytest
 import torch
 
+from tests.meta.solver_cases import (
+    ALL,
+    ANY,
+    DEVICE,
+    EXACT,
+    F64,
+    GENERAL,
+    SPD,
+    SPECTRUM,
+    TIGHT,
+    N,
+    close,
+    parametrize,
+    randn,
+    symmetric,
+    times,
+)
 from theria.meta.solvers import (
     CG,
     GMRES,
@@ -21,47 +38,6 @@ from theria.meta.solvers import (
     Solution,
     SolverError,
 )
-
-EXACT = 1e-10  # float64 with condition numbers of at most 1e3
-N = 12
-TIGHT = {"rtol": 1e-13, "check_every": 1}  # times a condition number of at most 1e2: errors below EXACT
-
-SPD = {"CG": CG(**TIGHT), "MINRES": MINRES(**TIGHT)}
-GENERAL = {
-    "GMRES": GMRES(**TIGHT),
-    "BiCGSTAB": BiCGSTAB(**TIGHT),
-    "NormalCG": NormalCG(**TIGHT),
-    "Dense": Dense(rtol=1e-13),
-}
-ANY = {**SPD, **GENERAL}
-ALL = {**ANY, "Neumann": Neumann(**TIGHT, scale=0.5), "Nystrom": Nystrom(N, damping=0.5, rtol=1e-12)}
-
-
-def parametrize(solvers):
-    return pytest.mark.parametrize("solver", solvers.values(), ids=list(solvers))
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def symmetric(eigenvalues, seed=0):
-    """A matrix with these eigenvalues and random eigenvectors, and the eigenvectors."""
-    eigenvalues = torch.as_tensor(eigenvalues, dtype=torch.float64)
-    Q = torch.linalg.qr(randn(len(eigenvalues), len(eigenvalues), seed=seed))[0]
-    return (Q * eigenvalues) @ Q.mT, Q
-
-
-def times(A):
-    return lambda v: A @ v
-
-
-def close(actual, expected, tol=EXACT):
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
-
-
-SPECTRUM = torch.linspace(0.6, 3.0, N, dtype=torch.float64)  # within the bounds of Neumann(0.5) and of Nystrom's 0.5
-
 
 # --- answers -------------------------------------------------------------------------------------------------------
 
@@ -103,7 +79,7 @@ def test_any_scale_of_b(solver, size):
 def test_zero_b(solver):
     A, _ = symmetric(SPECTRUM)
     for x0 in (None, randn(N)):
-        solution = solver.solve(times(A), torch.zeros(N, dtype=torch.float64), x0)
+        solution = solver.solve(times(A), torch.zeros(N, **F64), x0)
         assert not solution.value.any()
         assert solution.residual == 0
         if not isinstance(solver, Dense | Nystrom):  # direct: their iterations are the products
@@ -124,7 +100,7 @@ def test_warm_start(solver):
 @parametrize(GENERAL)
 @pytest.mark.parametrize("seed", range(3))
 def test_non_symmetric(solver, seed):
-    A = 3 * torch.eye(N, dtype=torch.float64) + randn(N, N, seed=seed) / math.sqrt(N)
+    A = 3 * torch.eye(N, **F64) + randn(N, N, seed=seed) / math.sqrt(N)
     b = randn(N, seed=seed + 10)
     close(solver.solve(times(A), b).value, torch.linalg.solve(A, b))
 
@@ -161,7 +137,7 @@ def test_condition_1e6(solver):
     solution = solver.solve(times(A), b)
     assert torch.linalg.vector_norm(b - A @ solution.value) <= 1e-6 * torch.linalg.vector_norm(b)
     # In the coordinates of the eigenvectors the error is at most residual / eigenvalue.
-    bound = 1e-6 * torch.linalg.vector_norm(b) / torch.logspace(-6, 0, 50, dtype=torch.float64)
+    bound = 1e-6 * torch.linalg.vector_norm(b) / torch.logspace(-6, 0, 50, **F64)
     assert ((Q.mT @ (solution.value - exact)).abs() <= bound + 1e-9).all()
 
 
@@ -180,7 +156,7 @@ def test_rectangular_least_squares_with_and_without_the_transpose():
     close(solution.value, exact)
     close(solution.residual, torch.linalg.vector_norm(A.mT @ (b - A @ solution.value)), 1e-13)
     close(solver.solve(times(A), b, randn(4, seed=2)).value, exact)
-    wide = NormalCG(**TIGHT).solve(times(A.mT), b[:4], torch.zeros(9, dtype=torch.float64)).value
+    wide = NormalCG(**TIGHT).solve(times(A.mT), b[:4], torch.zeros(9, **F64)).value
     close(wide, torch.linalg.pinv(A.mT) @ b[:4])  # consistent: the minimum norm
 
 
@@ -250,8 +226,8 @@ def test_cg_reports_negative_and_zero_curvature(eigenvalues, seed):
 
 
 def test_cg_reports_exactly_zero_curvature_at_once():
-    A = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
-    solution = CG().solve(times(A), torch.ones(2, dtype=torch.float64), throw=False)
+    A = torch.diag(torch.tensor([1.0, -1.0], **F64))
+    solution = CG().solve(times(A), torch.ones(2, **F64), throw=False)
     assert solution.result.item() == Result.indefinite
     assert solution.iterations == 1
     assert not solution.value.any()
@@ -265,7 +241,7 @@ def test_cg_reports_a_preconditioner_that_is_not_positive():
 
 def test_nystrom_reports_negative_curvature():
     A, _ = symmetric([-1, 1, 2, 3])
-    damped = A + 0.5 * torch.eye(4, dtype=torch.float64)
+    damped = A + 0.5 * torch.eye(4, **F64)
     assert Nystrom(4, 0.5).solve(times(damped), randn(4), throw=False).result.item() == Result.indefinite
     broken = CG(preconditioner=Nystrom(4, 0.5).preconditioner(times(damped), randn(4)))
     assert broken.solve(times(damped), randn(4), throw=False).result.item() == Result.non_finite
@@ -306,8 +282,8 @@ def test_neumann_reports_divergence():
 
 
 def test_bicgstab_reports_its_breakdown_where_gmres_solves():
-    A = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-    b = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    A = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], **F64)
+    b = torch.tensor([1.0, 0.0], **F64)
     assert BiCGSTAB().solve(times(A), b, throw=False).result.item() == Result.breakdown
     close(GMRES().solve(times(A), b).value, torch.linalg.solve(A, b))
 
@@ -322,10 +298,10 @@ def test_gmres_keeps_its_basis_orthogonal():
 
 def test_gmres_restarted_stagnates_on_a_shift_and_says_so():
     """On a cyclic shift GMRES makes no progress before iteration n (Nachtigal, Reddy and Trefethen 1992)."""
-    b = torch.eye(8, dtype=torch.float64)[0]
+    b = torch.eye(8, **F64)[0]
     solution = GMRES(restart=5, max_iterations=100).solve(lambda v: v.roll(1), b, throw=False)
     assert solution.result.item() == Result.max_iterations
-    close(solution.residual, torch.ones((), dtype=torch.float64))
+    close(solution.residual, torch.ones((), **F64))
     assert GMRES(restart=8).solve(lambda v: v.roll(1), b).iterations == 8
 
 
@@ -355,7 +331,7 @@ class _Liar(IterativeSolver):
 
     def _run(self, system, bound):
         zero = torch.zeros_like(system.residual)
-        return zero, torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.int64)
+        return zero, torch.zeros_like(system.goal, dtype=torch.int64), torch.ones_like(system.goal, dtype=torch.int64)
 
 
 def test_a_solver_that_claims_too_much_is_caught():
@@ -388,7 +364,7 @@ def test_as_many_iterations_as_distinct_eigenvalues(solver):
 def test_cg_contracts_as_its_bound_says(kappa):
     """|e_k|_A <= 2 ((sqrt k - 1) / (sqrt k + 1))^k |e_0|_A; the Chebyshev spectrum comes near to it."""
     n = 200
-    nodes = torch.cos(torch.arange(n, dtype=torch.float64) * math.pi / (n - 1))
+    nodes = torch.cos(torch.arange(n, **F64) * math.pi / (n - 1))
     A, _ = symmetric((kappa + 1) / 2 + (kappa - 1) / 2 * nodes)
     exact = randn(n)
     rate = (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1)
@@ -421,7 +397,7 @@ def test_minres_residual_is_the_least_in_the_krylov_space():
 def test_neumann_terms_and_rate():
     """K iterations are the K-term series; the error falls by the spectral radius of I - alpha A."""
     A, Q = symmetric(SPECTRUM)
-    b, J = randn(N), torch.eye(N, dtype=torch.float64) - 0.5 * A
+    b, J = randn(N), torch.eye(N, **F64) - 0.5 * A
     series, term = torch.zeros_like(b), 0.5 * b
     for k in range(1, 30):
         series, term = series + term, J @ term
@@ -447,14 +423,14 @@ def test_the_inverse_preconditions_to_one_iteration(solver):
 
 
 def test_normal_cg_preconditioned():
-    A = randn(N, N) + torch.diag(torch.logspace(0, 3, N, dtype=torch.float64))
+    A = randn(N, N) + torch.diag(torch.logspace(0, 3, N, **F64))
     inverse = torch.linalg.inv(A.mT @ A)
     solution = NormalCG(rtol=1e-9, preconditioner=times(inverse)).solve(times(A), randn(N))
     assert solution.iterations == 1
 
 
 def test_diagonal_preconditioner_of_a_diagonal_system():
-    d = torch.logspace(-4, 4, N, dtype=torch.float64)
+    d = torch.logspace(-4, 4, N, **F64)
     b = randn(N)
     solution = CG(rtol=1e-12, preconditioner=lambda v: v / d).solve(lambda v: d * v, b)
     assert solution.iterations == 1
@@ -463,7 +439,7 @@ def test_diagonal_preconditioner_of_a_diagonal_system():
 
 def test_nystrom_is_exact_at_the_rank_of_the_operator():
     H, _ = symmetric([100.0, 10, 1] + [0.0] * 17)
-    A, b = H + 0.1 * torch.eye(20, dtype=torch.float64), randn(20)
+    A, b = H + 0.1 * torch.eye(20, **F64), randn(20)
     solution = Nystrom(3, damping=0.1, rtol=1e-10).solve(times(A), b)
     close(solution.value, torch.linalg.solve(A, b))
     assert solution.iterations == 3
@@ -473,7 +449,7 @@ def test_nystrom_is_exact_at_the_rank_of_the_operator():
 
 def test_nystrom_makes_cg_independent_of_the_top_eigenvalues():
     n, mu = 100, 1e-3
-    A, _ = symmetric(torch.logspace(3, -9, n, dtype=torch.float64) + mu)
+    A, _ = symmetric(torch.logspace(3, -9, n, **F64) + mu)
     b = randn(n)
     plain = CG(rtol=1e-8).solve(times(A), b)
     made = Nystrom(60, damping=mu).preconditioner(times(A), b)
@@ -499,7 +475,7 @@ def test_operators_that_vmap_cannot_run(solver):
     b = randn(N)
 
     def matvec(v):
-        return v * 0 + torch.tensor((A @ v).tolist(), dtype=v.dtype)  # reads its argument on the host
+        return v * 0 + torch.tensor((A @ v).tolist(), dtype=v.dtype, device=v.device)  # reads its argument on the host
 
     close(solver.solve(matvec, b).value, torch.linalg.solve(A, b))
     with pytest.raises(RuntimeError, match="data pointer"):
@@ -518,13 +494,13 @@ def test_nystrom_draws_nothing_from_the_global_generator():
 def test_nystrom_test_matrix_is_standard_normal():
     from theria.meta.solvers.nystrom import _gaussian
 
-    x = _gaussian(2000, 50, 0, torch.device("cpu"))
+    x = _gaussian(2000, 50, 0, DEVICE)
     size = x.numel()
     moments = [(x**k).mean().item() for k in (1, 2, 4)]
     assert moments[0] == pytest.approx(0, abs=4 / math.sqrt(size))
     assert moments[1] == pytest.approx(1, abs=4 * math.sqrt(2 / size))
     assert moments[2] == pytest.approx(3, abs=4 * math.sqrt(96 / size))
-    assert (x.mT @ x / 2000 - torch.eye(50)).abs().max() < 6 / math.sqrt(2000)
+    assert (x.mT @ x / 2000 - torch.eye(50, device=DEVICE)).abs().max() < 6 / math.sqrt(2000)
 
 
 # --- many tasks ----------------------------------------------------------------------------------------------------
@@ -532,7 +508,7 @@ def test_nystrom_test_matrix_is_standard_normal():
 
 def tasks():
     """Different conditioning, a multiple of the identity, a zero right-hand side, a NaN."""
-    spectra = [SPECTRUM, torch.full((N,), 2.0), torch.linspace(1, 2, N), SPECTRUM, SPECTRUM]
+    spectra = [SPECTRUM, torch.full((N,), 2.0, **F64), torch.linspace(1, 2, N, **F64), SPECTRUM, SPECTRUM]
     A = torch.stack([symmetric(s, i)[0] for i, s in enumerate(spectra)])
     b = randn(5, N, seed=7)
     b[3] = 0
@@ -685,7 +661,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="one real floating-point dtype"):
         CG().solve(lambda t: t, [randn(3), randn(3).float()])
     with pytest.raises(ValueError, match="one real floating-point dtype"):
-        CG().solve(lambda t: t, torch.arange(3))
+        CG().solve(lambda t: t, torch.arange(3, device=DEVICE))
     with pytest.raises(ValueError, match="at least one entry"):
         CG().solve(lambda t: t, [])
     with pytest.raises(ValueError, match="rtol=-1"):

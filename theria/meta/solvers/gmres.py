@@ -1,7 +1,8 @@
 """Generalised minimal residuals: Saad and Schultz, SIAM J. Sci. Stat. Comput. 7 (1986) 856, algorithm 4.
 
 Right-preconditioned, so that the residual minimised is the plain one. Arnoldi by classical Gram-Schmidt, twice, which
-is two products with the stacked basis instead of j inner products. The rotations are kept as their product Q.
+is two products with the stacked basis instead of j inner products. The rotations are kept as their product Q, and of
+R the inverse, column by column: a diagonal of R does not show that A is singular on the Krylov space, |R^-1 e_j| does.
 """
 
 from dataclasses import dataclass
@@ -46,20 +47,20 @@ class GMRES(IterativeSolver):
     def _run(self, system: System, bound: int) -> tuple[Tensor, Tensor, Tensor]:
         x, r = torch.zeros_like(system.residual), system.residual
         status = first_status(norm(r), system.goal)
-        iterations, done = torch.zeros_like(status), 0
+        iterations, done, scale = torch.zeros_like(status), 0, torch.zeros_like(system.goal)
         while done < bound:
             steps = min(self.restart, bound - done, r.shape[0])
-            cycle = _Cycle(system, r, status)
+            cycle = _Cycle(system, r, status, scale)
             for j in range(steps):
                 if self.check_every and (done + j) % self.check_every == 0 and not any_running(cycle.status):
                     break
                 iterations = iterations + (cycle.status == RUNNING)
                 cycle.extend()
-            if not cycle.columns:
+            if not len(cycle.inverse):
                 break
             x = torch.where(status == RUNNING, x + cycle.correction(), x)
-            done += len(cycle.columns)
-            status = cycle.status
+            done += len(cycle.inverse)
+            status, scale = cycle.status, cycle.scale
             if done < bound:
                 r = system.residual - system.apply(x)
                 # The residual decides: a cycle that only believed to have converged goes on with another.
@@ -71,19 +72,20 @@ class GMRES(IterativeSolver):
 class _Cycle:
     """One Krylov space of growing dimension; tasks that are done get columns of the identity, and coefficients 0."""
 
-    def __init__(self, system: System, r: Tensor, status: Tensor) -> None:
+    def __init__(self, system: System, r: Tensor, status: Tensor, scale: Tensor) -> None:
         size = norm(r)
         self.system, self.status, self.size = system, status, size
+        self.scale = scale  # the largest |A M v| so far, at most |A M|
         self.basis: list[Tensor] = [r / nonzero(size)]  # v_j, (N,)
-        self.rotation: list[list[Tensor]] = [[torch.ones_like(size)]]  # rows of Q; Q H = [R; 0]
-        self.columns: list[Tensor] = []  # of R, (j + 1,)
-        self.coefficients: list[Tensor] = []  # of Q |r| e_0
+        self.rotation = torch.ones_like(r[:1, None])  # Q, (k + 1, k + 1); Q H = [R; 0]
+        self.inverse = r.new_zeros(0, 0)  # R^-1, (k, k)
+        self.coefficients = r[:0]  # of Q |r| e_0, (k,)
 
     def extend(self) -> None:
         """Add a dimension."""
-        j, size = len(self.columns), self.size
+        j, size = len(self.inverse), self.size
         w = self.system.apply(self.system.precondition(self.basis[j]))
-        scale = norm(w)
+        self.scale = torch.maximum(self.scale, norm(w))
         basis = torch.stack(self.basis)  # (j + 1, N)
         h = basis @ w
         w = w - h @ basis
@@ -91,36 +93,44 @@ class _Cycle:
         h, w = h + again, w - again @ basis
         below = norm(w)
 
-        rows = torch.stack([torch.stack(row) for row in self.rotation])  # (j + 1, j + 1)
-        column = rows @ h
+        column = self.rotation @ h
         diagonal = torch.hypot(column[j], below)
         c, s = column[j] / nonzero(diagonal), below / nonzero(diagonal)
-        zero = torch.zeros_like(size)
         last = self.rotation[j]
-        self.rotation = [[*row, zero] for row in self.rotation[:j]]
-        self.rotation += [[*(c * q for q in last), s], [*(-s * q for q in last), c]]
-        estimate = (size * self.rotation[j + 1][0]).abs()
+        rows = torch.stack([torch.cat([c * last, s[None]]), torch.cat([-s * last, c[None]])])
+        self.rotation = torch.cat([_widened(self.rotation[:j]), rows])
+        estimate = (size * rows[1, 0]).abs()
+
+        above = self.inverse @ column[:j]
+        inverse = torch.cat([-above, torch.ones_like(column[:1])]) / nonzero(diagonal)  # R^-1 e_j
+        tiny = 16 * epsilon(w) * self.scale
+        # |R R^-1 e_j| = 1: with |R^-1 e_j| >= 1 / tiny the new dimension adds nothing, A is singular on the space.
+        singular = (diagonal <= tiny) | (norm(inverse) * tiny >= 1)
 
         running = self.status == RUNNING
         code = classify(
             size,
-            (~(estimate + scale).isfinite(), NON_FINITE),
-            (diagonal <= 4 * epsilon(w) * scale, BREAKDOWN),  # the new dimension adds nothing: A is singular on it
+            (~(estimate + self.scale).isfinite(), NON_FINITE),
+            (singular, BREAKDOWN),
             (estimate <= self.system.goal, CONVERGED),
-            (below <= 4 * epsilon(w) * scale, BREAKDOWN),  # the space is exhausted
+            (below <= tiny, BREAKDOWN),  # the space is exhausted
         )
-        taken = running & (diagonal > 4 * epsilon(w) * scale) & diagonal.isfinite()
-        unit = torch.zeros_like(column)
-        unit = torch.cat([unit[:j], torch.ones_like(unit[:1])])
-        self.columns.append(torch.where(taken, torch.cat([column[:j], diagonal[None]]), unit))
-        self.coefficients.append(torch.where(taken, size * self.rotation[j][0], zero))
+        taken = running & ~singular & diagonal.isfinite()
+        unit = torch.cat([torch.zeros_like(column[:j]), torch.ones_like(column[:1])])
+        inverse = torch.where(taken, inverse, unit)
+        self.inverse = torch.cat([torch.cat([self.inverse, torch.zeros_like(inverse[None, :j])]), inverse[:, None]], 1)
+        coefficient = torch.where(taken, size * rows[0, 0], torch.zeros_like(size))
+        self.coefficients = torch.cat([self.coefficients, coefficient[None]])
         self.status = torch.where(running, code, self.status)
         going = self.status == RUNNING
         self.basis.append(torch.where(going, w / nonzero(below), torch.zeros_like(w)))
 
     def correction(self) -> Tensor:
         """M V y with R y = the coefficients."""
-        k = len(self.columns)
-        r = torch.stack([torch.cat([c, c.new_zeros(k - 1 - i)]) for i, c in enumerate(self.columns)], 1)
-        y = torch.linalg.solve_triangular(r, torch.stack(self.coefficients)[:, None], upper=True)[:, 0]
-        return self.system.precondition(y @ torch.stack(self.basis[:k]))
+        y = self.inverse @ self.coefficients
+        return self.system.precondition(y @ torch.stack(self.basis[: len(y)]))
+
+
+def _widened(matrix: Tensor) -> Tensor:
+    """With a column of zeros at the end."""
+    return torch.cat([matrix, torch.zeros_like(matrix[:, :1])], 1)
