@@ -245,6 +245,19 @@ def test_film_needs_a_linear_head() -> None:
         FiLM(nn.Linear(2, 3), 4)
 
 
+def test_what_a_context_does() -> None:
+    x, context = torch.randn(5, 2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    model = network()
+    plain, features, head = model(x), model.body(x), copy.deepcopy(model.head)
+    film = FiLM(model, 4)
+    torch.testing.assert_close(film(x, torch.zeros_like(context)), plain, rtol=EXACT, atol=EXACT)
+    scale, shift = film.scale.weight @ context, film.shift.weight @ context
+    torch.testing.assert_close(film(x, context), head((1 + scale) * features + shift), rtol=EXACT, atol=EXACT)
+    wide = network(6)
+    both = torch.cat([x, context.expand(5, 4)], 1)
+    torch.testing.assert_close(ExtraInputs(wide)(x, context), wide(both), rtol=EXACT, atol=EXACT)
+
+
 @pytest.mark.parametrize("name", ["protonet", "r2d2"])
 def test_labels_outside_the_ways_are_named(learner: Learner, episode: Episode) -> None:
     sx, sy, qx, qy = episode
