@@ -11,8 +11,11 @@ from tests.ops.triton.calls import DEVICE, MASKS, NEG_INF, SHAPES, call, double,
 from theria.ops import blockwise, reference
 from theria.ops.operands import Tangents, batch_shape
 from theria.ops.triton.forward import forward
-from theria.ops.triton.jvp import jvp
+from theria.ops.triton.jvp import jvp, jvp_and_stats
+from theria.ops.triton.launch import Frame
+from theria.ops.triton.row_stats import row_stats
 from theria.ops.triton.tiles import Tile, override
+from theria.testing.kernels import make_problem
 
 # Relative, in the norm. float32: rounding of a chain of three products. float16: 2⁻¹¹ of O, of P̃∘tS and of the result.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -283,3 +286,23 @@ def test_held_operands_change_no_bit(dtype):
     for x, y in zip(*results, strict=True):
         # on a device another program may order its additions differently
         assert torch.equal(x, y) if DEVICE == "cpu" else error(x, y.double()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("given", ["do", "do tdo"])
+@pytest.mark.parametrize("tile", [Tile(64, 32, 4, 1), Tile(256, 32, 4, 1)], ids=str)
+def test_row_statistics_of_the_hvp_are_those_of_their_own_kernel(given: str, tile: Tile) -> None:
+    problem = make_problem((2, 3, 256, 20, 8, 12), torch.float32, True, DEVICE)
+    ops, o, lse, do, t, tdo = problem.ops, problem.o, problem.lse, problem.do, problem.t, problem.tdo
+    tdo = tdo if "tdo" in given else None
+    with override("jvp", tile):
+        to, tau, stats = jvp_and_stats(ops, o, lse, do, t, tdo, problem.spec)
+    assert stats is not None
+    own = row_stats(Frame(ops, problem.spec, o=o, do=do, to=to, tdo=tdo), lse, tau)
+    # on a device another program may order its additions differently
+    assert stats.equal(own) if DEVICE == "cpu" else error(stats, own.double()) <= TOLERANCE[torch.float32]
+
+
+def test_row_statistics_are_left_to_their_own_kernel_where_rows_are_padded() -> None:
+    problem = make_problem((1, 1, 255, 20, 8, 12), torch.float32, False, DEVICE)
+    found = jvp_and_stats(problem.ops, problem.o, problem.lse, problem.do, problem.t, None, problem.spec)
+    assert found[2] is None

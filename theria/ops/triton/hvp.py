@@ -194,8 +194,13 @@ def hvp(
     tau: Tensor,
     spec: AttentionSpec,
     shapes: Shapes,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """tdq, tdk, tdv, None; see :func:`theria.ops.reference.hvp`."""
+    """tdq, tdk, tdv, None; see :func:`theria.ops.reference.hvp`.
+
+    ``stats``: the packed row statistics, where the jvp has left them.
+    """
     frame = Frame(ops, spec, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
-    stats = row_stats(frame, lse, tau)
+    if stats is None:
+        stats = row_stats(frame, lse, tau)
     return cotangents("hvp", (hvp_dq_kernel, hvp_dkv_kernel), READS, frame, stats, shapes)

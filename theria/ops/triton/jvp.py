@@ -10,6 +10,7 @@ from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
+from theria.ops.triton.row_stats import PADDING, new_stats, store_stats
 from theria.ops.triton.softmax import left_operand, pivot, probabilities, product, scaled_scores, score_product
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
@@ -39,8 +40,8 @@ def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: constexpr):
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, S: constexpr):
-    """``to`` (*L, N, E) and ``tau`` (*L, N) of one block of rows."""
+def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, do, tdo, lse, tau, stats, strides, call, S: constexpr):
+    """``to`` (*L, N, E) and ``tau`` (*L, N) of one block of rows; with ``do`` also what the hvp needs of its rows."""
     head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
@@ -57,23 +58,38 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, lse, tau, strides, call, 
     plain, end = key_range(row, call, S)
     for col in range(0, end, S.BLOCK_N):
         acc, sums = _step(acc, sums, q_tile, tq_tile, pivots, keys, common, row, col, col >= plain, S)
+    o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     if tq is not None or tk is not None:
-        o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
         acc -= sums[:, None] * o_tile.to(tl.float32)
     store(at(to, strides.to, lead, S.VEC), acc, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
     store_row(at_row(tau, head, call), sums, row, call.N, S.BLOCK_M, S.EVEN_N)
+    if stats is not None:
+        do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
+        tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
+        store_stats(stats, pivots, o_tile, do, acc.to(o_tile.dtype), tdo, sums, head, row, call, S)
 
 
-NAMES = ("q", "k", "v", "mask", "seed", "o", "tq", "tk", "tv", "to")
+NAMES = ("q", "k", "v", "mask", "seed", "o", "tq", "tk", "tv", "to", "do", "tdo")
 
 
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """to, tau; see :func:`theria.ops.reference.jvp`."""
-    frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v)
+    return jvp_and_stats(ops, o, lse, None, t, None, spec)[:2]
+
+
+def jvp_and_stats(
+    ops: Operands, o: Tensor, lse: Tensor, do: Tensor | None, t: Tangents, tdo: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """to, tau, and the row statistics that the hvp along the same direction needs, which spares it a pass over rows.
+
+    They are None without ``do``, and where the rows of their padding would need programs of their own.
+    """
+    frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v, do=do, tdo=tdo)
+    stats = new_stats(frame, 4) if do is not None and frame.N % PADDING.value == 0 else None
     tile = select("jvp", frame)
     lse, tau = frame.rows(lse), frame.new_rows()
     to = frame.new("to", "q", (*frame.lead, frame.N, frame.E))
     tensors, strides, call, static = frame.describe(NAMES, tile)
     programs = -(-frame.N // tile.rows) * frame.heads
-    launch(jvp_kernel, programs, frame, (*tensors, lse, tau, strides, call), static, tile)
-    return to, tau
+    launch(jvp_kernel, programs, frame, (*tensors, lse, tau, stats, strides, call), static, tile)
+    return to, tau, stats

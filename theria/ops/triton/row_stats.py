@@ -54,29 +54,47 @@ def _dot(a, b):
         return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
 
 
+@triton.jit
+def store_stats(stats, pivots, o, do, to, tdo, tau, head, row, call, S: constexpr):
+    """Pack the statistics of the rows [row, row + S.BLOCK_M) of one head: two without ``tau``, else four.
+
+    Args:
+        pivots, tau: (rows,). o, do, to, tdo: (rows, width).
+    """
+    COUNT: constexpr = 2 if tau is None else 4
+    rows = padded_rows(call)
+    index = row + tl.arange(0, S.BLOCK_M)
+    out = stats + (tl.cast(head, tl.int64) * rows + index) * COUNT
+    exists = index < rows
+    tl.store(out, pivots, mask=exists)
+    tl.store(out + 1, _dot(do, o), mask=exists)
+    if tau is not None:
+        tl.store(out + 2, tau, mask=exists)
+        tl.store(out + 3, _dot(do, to) + _dot(tdo, o), mask=exists)
+
+
 @triton.jit(do_not_specialize=["strides", "call"])
 def row_stats_kernel(o, do, tdo, to, lse, tau, stats, strides, call, S: constexpr):
     """delta (6) and tdelta (15) of one block of rows, packed with lse (in the unit of the kernels) and tau."""
-    COUNT: constexpr = 2 if tau is None else 4
-    rows = padded_rows(call)
-    blocks = tl.cdiv(rows, S.BLOCK_M)
+    blocks = tl.cdiv(padded_rows(call), S.BLOCK_M)
     head = tl.program_id(0) // blocks
     row = (tl.program_id(0) % blocks) * S.BLOCK_M
     lead = coordinates(head, call)
     pivots = load_row(at_row(lse, head, call), row, call.N, float("inf"), S.BLOCK_M, False)
-    index = row + tl.arange(0, S.BLOCK_M)
-    out = stats + (tl.cast(head, tl.int64) * rows + index) * COUNT
-    exists = index < rows
-    tl.store(out, pivot(pivots, o.dtype.element_ty), mask=exists)
+    pivots = pivot(pivots, o.dtype.element_ty)
     o = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", False, S)
     do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", False, S)
-    tl.store(out + 1, _dot(do, o), mask=exists)
+    to = load(at(to, strides.to, lead, S.VEC), row, call.N, strides.to, S.BLOCK_M, "E", False, S)
+    tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", False, S)
     if tau is not None:
-        tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", False, S)
-        to = load(at(to, strides.to, lead, S.VEC), row, call.N, strides.to, S.BLOCK_M, "E", False, S)
-        taus = load_row(at_row(tau, head, call), row, call.N, 0.0, S.BLOCK_M, False)
-        tl.store(out + 2, taus, mask=exists)
-        tl.store(out + 3, _dot(do, to) + _dot(tdo, o), mask=exists)
+        tau = load_row(at_row(tau, head, call), row, call.N, 0.0, S.BLOCK_M, False)
+    store_stats(stats, pivots, o, do, to, tdo, tau, head, row, call, S)
+
+
+def new_stats(frame: Frame, count: int) -> Tensor:
+    """Uninitialised packed statistics (*L, padded rows, count), float32."""
+    rows = -(-frame.N // PADDING.value) * PADDING.value
+    return plans.allocated(torch.empty((*frame.lead, rows, count), dtype=torch.float32, device=frame.device))
 
 
 def row_stats(frame: Frame, lse: Tensor, tau: Tensor | None = None) -> Tensor:
@@ -86,11 +104,9 @@ def row_stats(frame: Frame, lse: Tensor, tau: Tensor | None = None) -> Tensor:
         lse, tau: (*L, N); with tau also the tangents' statistics.
     """
     tile = select("row_stats", frame)
-    rows = -(-frame.N // PADDING.value) * PADDING.value
-    count = 2 if tau is None else 4
-    stats = plans.allocated(torch.empty((*frame.lead, rows, count), dtype=torch.float32, device=frame.device))
+    stats = new_stats(frame, 2 if tau is None else 4)
     tensors, strides, call, static = frame.describe(("o", "do", "tdo", "to"), tile)
     lse, tau = frame.rows(lse), None if tau is None else frame.rows(tau)
-    programs = -(-rows // tile.rows) * frame.heads
+    programs = -(-stats.shape[-2] // tile.rows) * frame.heads
     launch(row_stats_kernel, programs, frame, (*tensors, lse, tau, stats, strides, call), static, tile)
     return stats

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from theria.ops.checks import UnsupportedError
-from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
+from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape
 from theria.ops.triton import forward as forward_kernels
 from theria.ops.triton import hvp as hvp_kernels
 from theria.ops.triton import jvp as jvp_kernels
@@ -210,7 +210,12 @@ def jvp_hvp(
 ) -> tuple[Any, ...]:
     """to, tau, tdq, tdk, tdv, None: jvp and hvp along one direction."""
     _refuse_mask(t.mask, shapes[3])
-    if _short(ops) and not _still(t) and not _empty(ops):
+    # a map over cotangents alone leaves what jvp returns smaller than what hvp returns
+    own = batch_shape(*ops, o, *t)
+    if _still(t) or _empty(ops) or batch_shape(*ops, o, *t, do, tdo) != own:
+        to, tau = jvp(ops, o, lse, t, spec)
+        return (to, tau, *hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
+    if _short(ops):
         return short.jvp_hvp_short(ops, o, lse, do, t, tdo, spec, shapes)
-    to, tau = jvp(ops, o, lse, t, spec)
-    return (to, tau, *hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
+    to, tau, stats = jvp_kernels.jvp_and_stats(ops, o, lse, do, t, tdo, spec)
+    return (to, tau, *hvp_kernels.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes, stats))

@@ -129,11 +129,11 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
         out = _add_transposed(out, drop(tp, keep), v, S)
         if dv is not None:
             acc_v = _add(acc_v, drop(tp, keep), do, S)
-    store_row(tau, total, head, row, call, PACK, S)
     if dv is not None:
         acc_v = _add(acc_v, drop(p, keep), tdo, S)
     out = _add_transposed(out, drop(p, keep), tv, S)
     _store_rows(to, out, strides.to, lead, row, call, "E", PACK, S)
+    store_row(tau, total, head, row, call, PACK, S)
     if dq is not None or dk is not None:
         if tp is not None:
             dp = drop(product_with_transposed(v, do, None, S), keep)
@@ -147,13 +147,13 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
             y = p * drop(tdp, keep) if y is None else y + p * drop(tdp, keep)
         if y is not None:
             y = (y - p * row_sum(y)).to(k.dtype)  # (16): rowsum(tP) = 0 makes rowsum(y) tdelta
-            if dk is not None:
-                acc_k = _add(acc_k, y, q, S)
         if dq is not None:
             tdq = _add_transposed(_add_transposed(None, ds, tk, S), y, k, S)
             if tdq is not None:
                 tdq *= call.scale
             _store_rows(dq, tdq, strides.dq, lead, row, call, "D", PACK, S)
+        if y is not None and dk is not None:
+            acc_k = _add(acc_k, y, q, S)
     return acc_k, acc_v
 
 
