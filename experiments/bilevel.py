@@ -1,0 +1,157 @@
+"""Learn hyperparameters by hypergradients.
+
+python -m experiments.bilevel experiment=hyper_cleaning                    one of configs/experiment
+python -m experiments.bilevel experiment=ridge_hyperparameter method.kind=itd method.inner_steps=200
+
+A run writes config.yaml (resolved), metrics.jsonl and results.json (figures, machine, versions, command) into its
+directory, outputs/<name>/<date_time> or run_dir=DIR.
+
+Exit status: 0; 2 for a mistake in the settings; 3 for a loss or hypergradient that is not finite.
+"""
+
+import json
+import shlex
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from experiments import bilevel_config, bilevel_problems, errors, store, tracking
+from experiments.bilevel_config import BilevelConfig, MethodConfig, MethodKind, OuterKind
+from experiments.bilevel_problems import Stage
+from theria.meta import SGD
+from theria.meta.bilevel import AID, ITD, Method
+from theria.meta.solvers import CG
+from theria.testing.machine import machine
+
+
+def run(settings: BilevelConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+    """One run; what it leaves is in `run_dir`. Returns what results.json holds.
+
+    Raises:
+        errors.UserError: a setting that does not fit.
+        errors.NonFiniteError: a loss or hypergradient that is not finite.
+    """
+    check(settings)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    experiment = bilevel_problems.build(settings.problem, settings.seed)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    container = OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(container))
+    lines = tracking.JsonLines(run_dir / tracking.METRICS, 0)
+    begun, outer, counts = time.monotonic(), {}, {}
+    for name, stage in experiment.stages.items():
+        outer[name], counts[name] = optimise(settings, name, stage, lines)
+    results = {
+        "command": shlex.join(["python", "-m", "experiments.bilevel", *(o for o in overrides if "run_dir=" not in o)]),
+        "seconds": round(time.monotonic() - begun, 1),
+        "evaluations": counts,
+        **experiment.report(outer),
+        "machine": machine() | {"scikit-learn": version("scikit-learn"), "numpy": version("numpy")},
+    }
+    (run_dir / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=2))
+    print(f"everything is in {run_dir}")
+    return results
+
+
+def check(settings: BilevelConfig) -> None:
+    """Refuse values outside their range.
+
+    Raises:
+        errors.UserError: with the value and what is needed.
+    """
+    method, outer = settings.method, settings.outer
+    least = {
+        "method.inner_steps": (method.inner_steps, 1),
+        "method.max_iterations": (method.max_iterations, 1),
+        "outer.steps": (outer.steps, 1),
+        "log_every": (settings.log_every, 1),
+        "threads": (settings.threads, 1),
+    }
+    for key, (value, bound) in least.items():
+        if value is not None and value < bound:
+            raise errors.UserError(f"{key}={value}: needed is at least {bound}")
+    positive = {"outer.lr": outer.lr, "method.inner_rate": method.inner_rate, "method.rtol": method.rtol}
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise errors.UserError(f"{key}={value}: needed is a positive number")
+    if not 0 <= method.momentum < 1:
+        raise errors.UserError(f"method.momentum={method.momentum}: needed is a number in [0, 1)")
+
+
+def build_method(config: MethodConfig, stage: Stage, outer: Tensor) -> Method:
+    rate = 1 / float(stage.largest(outer)) if config.inner_rate is None else config.inner_rate
+    optimiser = SGD(rate, momentum=config.momentum, nesterov=config.momentum > 0)
+    if config.kind is MethodKind.itd:
+        return ITD(optimiser, config.inner_steps)
+    solver = CG(rtol=config.rtol, max_iterations=config.max_iterations)
+    # Reverse over reverse: forward mode costs several times as much on tensors as small as these.
+    return AID(optimiser, config.inner_steps, solver, throw=False, mode="reverse_over_reverse")
+
+
+def optimise(settings: BilevelConfig, name: str, stage: Stage, lines: tracking.JsonLines) -> tuple[Tensor, int]:
+    """The outer variable at the end of a stage, and the evaluations that it took."""
+    outer = torch.nn.Parameter(stage.outer0.clone())
+    warm: dict[str, Any] = {"inner0": stage.inner0, "v0": None}
+    count = 0
+
+    def evaluate() -> Tensor:
+        nonlocal count
+        optimiser.zero_grad()
+        method = build_method(settings.method, stage, outer.detach())
+        evaluation = stage.problem.evaluate(outer, method=method, **warm)
+        evaluation.value.backward()
+        if isinstance(method, AID):  # ITD is the gradient of steps from one and the same start
+            warm.update(inner0=evaluation.inner, v0=evaluation.linear.value)
+        value, norm = evaluation.value.item(), float(outer.grad.norm())  # pyright: ignore[reportOptionalMemberAccess]
+        if not (torch.tensor([value, norm]).isfinite().all()):
+            raise errors.NonFiniteError(
+                f"{name}, evaluation {count}: value {value}, hypergradient norm {norm}. Lower outer.lr or "
+                f"method.inner_rate"
+            )
+        if count % settings.log_every == 0:
+            figures = {"value": value, "gradient_norm": norm, "inner_residual": float(evaluation.inner_residual)}
+            figures |= stage.figures(outer.detach(), evaluation.inner)
+            lines.write({"step": count, **{f"{name}/{key}": figure for key, figure in figures.items()}})
+            print(f"{name} {count}: " + ", ".join(f"{key} {figure:.4g}" for key, figure in figures.items()), flush=True)
+        count += 1
+        return evaluation.value
+
+    if settings.outer.kind is OuterKind.lbfgs:
+        options = {"max_iter": settings.outer.steps, "max_eval": settings.outer.steps, "line_search_fn": "strong_wolfe"}
+        optimiser = torch.optim.LBFGS([outer], tolerance_grad=1e-9, tolerance_change=1e-12, **options)
+        optimiser.step(evaluate)  # pyright: ignore[reportArgumentType]
+    else:
+        optimiser = torch.optim.Adam([outer], lr=settings.outer.lr)
+        for _ in range(settings.outer.steps):
+            evaluate()
+            optimiser.step()
+    return outer.detach(), count
+
+
+@hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="bilevel")
+def entry(cfg: DictConfig) -> None:
+    """Hydra's entry point."""
+    hydra_config = HydraConfig.get()
+    if OmegaConf.is_missing(cfg, "problem"):
+        raise errors.UserError(
+            "no problem was chosen: give experiment=hyper_cleaning or experiment=ridge_hyperparameter"
+        )
+    run(store.to_object(cfg), Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+
+
+def main() -> None:
+    bilevel_config.register()
+    errors.run(entry)
+
+
+if __name__ == "__main__":
+    main()
