@@ -120,14 +120,27 @@ def elapsed(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-@lru_cache(maxsize=1)
+def edged(shape: tuple[int, int, int, int, int, int]) -> tuple[int, int, int, int, int, int]:
+    """A shape that no tile divides. ptxas 12.8 makes a wrong program of a right kernel for some tiles, which shows only
+    where a mask is applied inside the loop."""
+    batch, heads, N, M, D, E = shape
+    return min(batch, 300), heads, min(N, 512) - 1, min(M, 512) - 3, D, E
+
+
+@lru_cache(maxsize=2)
 def problem_for(shape: tuple[int, int, int, int, int, int], kind: str, causal: bool) -> Problem:
     return make_problem(shape, DTYPES[kind], causal, "cuda")
 
 
 def inaccuracy(key: Key, tile: Tile) -> float:
-    """Error on the first and the last head, in units of what it may be; above 1 is wrong."""
-    problem = problem_for(shape_for(key), key.kind, key.causal)
+    """The worst error on whole tiles and at edges, in units of what it may be; above 1 is wrong."""
+    shape = shape_for(key)
+    return max(inaccuracy_at(key, tile, each) for each in (shape, edged(shape)))
+
+
+def inaccuracy_at(key: Key, tile: Tile, shape: tuple[int, int, int, int, int, int]) -> float:
+    """The same on the first and the last head of one shape."""
+    problem = problem_for(shape, key.kind, key.causal)
     with override(key.kernel.removesuffix(VARIANT), tile):
         results = call(key.kernel, problem)
     worst = 0.0
