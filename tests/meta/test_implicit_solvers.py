@@ -407,7 +407,7 @@ def test_failures_of_the_iteration_raise_or_are_flagged():
     def f(x, c):
         return M @ x + c
 
-    with pytest.raises(IterationError, match=r"fixed_point did not converge \(max_iterations.*5 iterations.*max_iter"):
+    with pytest.raises(IterationError, match=r"fixed_point did not converge \(max_iterations.*5 iterations.*max_iter,"):
         fixed_point(f, zeros(), c, max_iter=5)
     solution = fixed_point(f, zeros(), c, max_iter=5, throw=False)
     assert solution.result == Result.max_iterations

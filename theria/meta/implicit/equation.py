@@ -48,8 +48,8 @@ class IterationError(SolverError):
 
 _ADVICE = {
     Result.max_iterations: (
-        "raise max_iter, loosen tol, start nearer to the solution, or use another solver; a fixed-point iteration "
-        "converges only where the spectral radius of df/dx is below 1"
+        "allow more iterations (max_iter, or the inner steps), loosen the tolerance, start nearer to the solution, or "
+        "use another solver; a fixed-point iteration converges only where the spectral radius of df/dx is below 1"
     ),
     Result.breakdown: (
         "the solver ended, or no step of it gets nearer: tol is below what it or the dtype resolves, the function is "
