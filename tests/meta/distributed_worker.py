@@ -76,7 +76,6 @@ def messages(ranks: Processes) -> dict[str, object]:
         "most": ranks.most([ranks.rank, -ranks.rank]),
         "copied": value,
         "sum": ranks.sum(half),
-        "mean": ranks.mean(torch.tensor(10.0 * ranks.rank), *((2, 6), (4, 6), (0, 6))[ranks.rank]),
     }
 
 

@@ -123,7 +123,8 @@ class Processes:
             assert loss is not None
             return loss.detach(), list(grads)
         used = self.most([float(grad is not None) for grad in grads])  # see NOTE [control runs on the CPU]
-        zero = parameters[0].new_zeros(())
+        first = parameters[0]
+        zero = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
         values = [zero if loss is None else loss.detach().to(zero)]
         values += [
             torch.zeros_like(p) if g is None else g for p, g, u in zip(parameters, grads, used, strict=True) if u
@@ -145,13 +146,6 @@ class Processes:
             for i, piece in zip(where, bucket.split([values[i].numel() for i in where]), strict=True):
                 out[i] = piece.view(values[i].shape)
         return out
-
-    def mean(self, value: Tensor, tasks: int, total: int) -> Tensor:
-        """The mean over all `total` tasks of what is given as each process's mean over its own `tasks`; with 0 tasks
-        the value counts nothing."""
-        if self.size == 1:
-            return value
-        return self.sum([value * (tasks / total) if tasks else torch.zeros_like(value)])[0]
 
     # --------------------------------------------------------------------------------------------------------- control
     def most(self, values: Sequence[float]) -> list[float]:
