@@ -90,13 +90,12 @@ def measure(options: argparse.Namespace, adjoint: str, steps: int) -> dict[str, 
     """One row, in a process of its own; its gradient goes to a file."""
     learner, episode = build(options, adjoint, steps)
     before = peak_resident()
-    torch.save(gradient(learner, episode).cpu(), options.gradient)
-    resident = peak_resident() - before
     with PeakMemory(options.device) as memory:
-        gradient(learner, episode)
+        found = gradient(learner, episode)
+    peaks = {"peak_mib": memory.peak / 2**20, "resident_growth_mib": peak_resident() - before}
+    torch.save(found.cpu(), options.gradient)
     times = [timed(learner, episode, options.device) for _ in range(options.repeats)]
-    peaks = {"peak_mib": memory.peak / 2**20, "resident_growth_mib": resident}
-    return {"adjoint": adjoint, "steps": steps, **peaks, **summary(times)}
+    return {"adjoint": adjoint, "steps": steps, **peaks, **(summary(times) if times else {})}
 
 
 def rows_of_memory(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
@@ -165,6 +164,7 @@ def parse() -> argparse.Namespace:
     sizes = {"ways": 5, "shots": 5, "tasks": 4, "layers": 4, "d-model": 64, "repeats": 5}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    # --repeats 0 measures memory alone
     parser.add_argument("--steps", type=int, nargs="+", default=[5], help="numbers of inner steps")
     parser.add_argument("--rate", type=float, default=0.1, help="of the inner steps")
     parser.add_argument("--adjoints", nargs="+", choices=ADJOINTS, default=USUAL, help="beside unrolled")

@@ -160,6 +160,21 @@ def test_closed_over_derivatives_raise(problem):
 
 
 @pytest.mark.parametrize("adjoint", [Unrolled(checkpoint_every=2), MixedMode()], ids=str)
+def test_a_closed_over_tensor_that_is_mapped_over_raises(adjoint):
+    params = {"w": torch.ones(2, dtype=torch.float64)}
+
+    def outer(u, v):
+        def loss(p, _):
+            return (p["w"] * v).square().sum()
+
+        return u * total(adjoint.solve(loss, params, {}, SGD(0.1), {}, 2))
+
+    u, v = torch.ones((), dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"vmap maps over.*context"):
+        jvp(lambda u: vmap(lambda v: outer(u, v))(v).sum(), (u,), (u,))
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(checkpoint_every=2), MixedMode()], ids=str)
 def test_a_schedule_that_closes_over_a_derivative_raises(adjoint, problem):
     adapted, fixed, x, _ = problem.arguments
     context = {"fixed": fixed, "x": x, "y": problem.y, "power": 1}

@@ -13,7 +13,7 @@ from theria.curvature.second_order import second_order
 from theria.meta.constant import constant, plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.recompute import Layout, recompute
-from theria.meta.replay import Replay, probe
+from theria.meta.replay import Replay, closed_over_vmap, probe
 
 Context = Any  # a pytree of tensors: everything else the inner loss depends on
 InnerLoss = Callable[[Params, Context], Tensor]
@@ -87,7 +87,8 @@ class Unrolled(Adjoint):
                 last = min(first + self.checkpoint_every, steps)
                 tensors, layout = Layout.split((params, state, context, hyper))
                 segment = _Segment(inner_loss, optimiser, range(first, last), layout, replay)
-                ends = iter(recompute(segment, *tensors))
+                with closed_over_vmap(self):
+                    ends = iter(recompute(segment, *tensors))
                 params, state = pytree.tree_map(lambda _, ends=ends: next(ends), (params, state))
             return params
         for _ in range(steps):

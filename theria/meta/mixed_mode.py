@@ -27,7 +27,7 @@ from theria.meta.adjoint import Adjoint, Context, InnerLoss, check_every, one_st
 from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.recompute import Layout
-from theria.meta.replay import Replay, probe
+from theria.meta.replay import Replay, closed_over_vmap, probe
 
 Point = tuple[Params, State]
 
@@ -73,19 +73,9 @@ class MixedMode(Adjoint):
         tensors, layout = Layout.split((params, context, hyper))
         n_hyper, every = len(pytree.tree_leaves(hyper)), self.checkpoint_every or 1
         loop = _Loop(inner_loss, optimiser, steps, every, len(params), n_hyper, layout, replay)
-        try:
+        with closed_over_vmap(self):
             final: tuple[Tensor, ...] = _InnerLoop.apply(loop, *tensors)  # type: ignore[assignment]
-        except RuntimeError as error:
-            if "INTERNAL ASSERT" in str(error) and "functorch" in str(error):
-                raise ValueError(_CLOSED_OVER_VMAP) from error
-            raise
         return dict(zip(params, final, strict=False))  # the trajectory follows
-
-
-_CLOSED_OVER_VMAP = (
-    "MixedMode: the inner loss reads a closed-over tensor that torch.func.vmap maps over, which PyTorch cannot bring "
-    "into an autograd.Function. Pass it through context, or use adjoint=Unrolled()"
-)
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,6 +118,20 @@ _LOST = (
 )
 
 
+@contextmanager
+def closed_over_vmap(adjoint: object) -> Iterator[None]:
+    """Say what it means that functorch gives up inside: a tensor that is mapped over and is not an argument."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "INTERNAL ASSERT" in str(error) and "functorch" in str(error):
+            raise ValueError(
+                f"{adjoint}: the inner loss reads a closed-over tensor that torch.func.vmap maps over, which PyTorch "
+                f"cannot bring into an autograd.Function. Pass it through context, or use adjoint=Unrolled()"
+            ) from error
+        raise
+
+
 def carries_derivative(tensor: Tensor) -> bool:
     """Whether a tensor has a gradient to compute or a tangent, at any level of torch.func."""
     while True:
