@@ -20,7 +20,9 @@ FIGURES = 1e-4
 # Adam's first steps divide a gradient by its own size: roundings of entries near zero count in full, times the rate
 # of 1e-3 and six steps.
 PARAMETERS = 1e-4
-SLOW = ("debug.step_seconds=0.05", "trainer.val_every=0", "trainer.health_every=0", "trainer.steps=1000")
+# Seconds for what takes ten on a machine with nothing else to do.
+BUSY = 300
+SLOW = ("debug.step_seconds=0.05", "trainer.val_every=0", "trainer.health_every=0", "trainer.steps=100000")
 
 Start = Callable[..., list[subprocess.Popen[str]]]
 
@@ -58,14 +60,14 @@ def start(environment, tmp_path) -> Iterator[Start]:
         process.communicate()
 
 
-def ends(processes: list[subprocess.Popen[str]], timeout: float = 90) -> list[tuple[int, str, str]]:
+def ends(processes: list[subprocess.Popen[str]], timeout: float = BUSY) -> list[tuple[int, str, str]]:
     """(exit status, stdout, stderr) of each."""
     outputs = [process.communicate(timeout=timeout) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def wait_for_step(run_dir: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + BUSY
     while not any(row["step"] >= step for row in tracking.read(run_dir / "metrics.jsonl")):
         assert all(process.poll() is None for process in processes), ends(processes)
         assert time.monotonic() < deadline, "the run makes no steps"
@@ -97,7 +99,7 @@ def torchrun(number: int, environment: dict[str, str], cwd: Path, module: str, *
     """As a user types it."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m"]
     command = [*program, module, *overrides]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=BUSY)
 
 
 def test_a_run_of_two_processes_is_that_of_one(run_here, arguments, environment, tmp_path):
@@ -137,8 +139,8 @@ def test_a_killed_process_ends_the_run_and_the_last_checkpoint_stays(arguments, 
     wait_for_step(run_dir, 5, processes)
     os.kill(processes[0].pid, signal.SIGKILL)
     begun = time.monotonic()
-    results = ends(processes, timeout=30)
-    assert time.monotonic() - begun < 20
+    results = ends(processes)
+    assert time.monotonic() - begun < 120  # and not the 600 seconds of trainer.process_timeout
     code, _, stderr = results[1]
     last = checkpoint.saved(run_dir)[-1]
     assert code == 4
@@ -157,7 +159,7 @@ def test_a_process_that_hangs_ends_the_run_within_the_timeout(arguments, start, 
     wait_for_step(run_dir, 5, processes)
     processes[1].send_signal(signal.SIGSTOP)
     try:
-        ((code, _, stderr),) = ends(processes[:1], timeout=30)
+        ((code, _, stderr),) = ends(processes[:1])
     finally:
         processes[1].kill()
     assert code == 4, stderr
@@ -169,7 +171,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(arguments, start, tmp_pat
     processes = start(2, "experiments.train", *arguments, *SLOW, f"run_dir={run_dir}")
     wait_for_step(run_dir, 5, processes)
     processes[1].send_signal(signal.SIGTERM)
-    results = ends(processes, timeout=30)
+    results = ends(processes)
     assert [code for code, _, _ in results] == [143, 143], results
     assert f"stopped at step {final(run_dir)['step']}:" in results[0][2]
     assert "stopped" not in results[1][2]

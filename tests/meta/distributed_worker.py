@@ -98,7 +98,7 @@ def lost(ranks: Processes, out: Path, how: str) -> dict[str, object]:
         out.touch()
         if how == "dies":
             os.kill(os.getpid(), 9)
-        time.sleep(60)
+        time.sleep(600)
     begun = time.monotonic()
     learner, episode = learner_and_episode("unrolled")
     try:
@@ -112,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(1)
     what, folder = sys.argv[1], Path(sys.argv[2])
     out = folder / os.environ.get("RANK", "0")
-    with processes("cpu", timeout=float(os.environ.get("TIMEOUT", "60"))) as ranks:
+    with processes("cpu", timeout=float(os.environ.get("TIMEOUT", "300"))) as ranks:
         if what in ("dies", "hangs"):
             result = lost(ranks, out, what)
         else:

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,8 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 ROUNDING = 1e-12
 # The same after three steps of Adam, which divides by the square root of a second moment.
 STEPS = 1e-10
+# Seconds for what takes ten on a machine with nothing else to do.
+BUSY = 300
 
 Launch = Callable[..., list[Any]]
 
@@ -53,7 +54,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             for env in environments(size, **variables)
         ]
         for process in running[:survivors]:
-            output = process.communicate(timeout=90)[0]
+            output = process.communicate(timeout=BUSY)[0]
             assert process.returncode == 0, output
         return [
             torch.load(folder / str(rank), weights_only=False)
@@ -158,9 +159,7 @@ def test_a_learner_works_inside_distributed_data_parallel(launch: Launch):
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_lost_process_is_an_error_within_the_timeout(launch: Launch, how: str):
-    begun = time.monotonic()
-    results = launch(how, 3, survivors=2, TIMEOUT="4")
-    assert time.monotonic() - begun < 60  # the one that hangs is not waited for
+    results = launch(how, 3, survivors=2, TIMEOUT="5")
     for rank, result in enumerate(results):
         assert f"process {rank} of 3, waiting for the others: another process is gone" in result["told"]
-        assert result["seconds"] < 10
+        assert result["seconds"] < 60  # 5 and what a busy machine adds; the one that hangs does so for 600
