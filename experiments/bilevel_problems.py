@@ -165,7 +165,8 @@ class _Softmax:
     def fit(self, share: Tensor, penalty: float) -> Tensor:
         """argmin of the mean of share_i ce_i + penalty |W|^2, by L-BFGS."""
         W = torch.zeros(self.X.shape[1], 10, dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.LBFGS([W], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+        tolerances = {"tolerance_grad": 1e-8, "tolerance_change": 0}
+        optimiser = torch.optim.LBFGS([W], max_iter=500, line_search_fn="strong_wolfe", **tolerances)
 
         def closure() -> Tensor:
             optimiser.zero_grad()
