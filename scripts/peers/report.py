@@ -45,10 +45,13 @@ def speed(rows: LIST) -> str:
     return table(head, lines)
 
 
-def failures(rows: LIST) -> str:
-    """Each error message once, with where it came from."""
-    told: dict[str, list[str]] = {}
+def failures(rows: LIST, most: int = 160) -> str:
+    """A line for each way that failed: where, and the beginning of its first message."""
+    told: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if "failed" in row:
-            told.setdefault(row["failed"], []).append(f"{row['peer']}: {row['method']} ({row['problem']})")
-    return "\n".join(f"{', '.join(where)}: {message}" for message, where in told.items())
+            told.setdefault(f"{row['peer']}: {row['method']}", []).append(row)
+    return "\n".join(
+        f"{way} ({', '.join(row['problem'] for row in failed)}): {failed[0]['failed'][:most]}"
+        for way, failed in told.items()
+    )
