@@ -375,12 +375,11 @@ def test_spot_check_of_maml() -> None:
 # --- on networks, in float32, arguments -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", "custom"])
-def test_through_attention_that_has_no_third_derivative(backend: str) -> None:
+def test_through_attention_that_has_no_third_derivative() -> None:
     """A proximal inner problem on a transformer block, iMAML's: |params - outer|^2 makes it strongly convex."""
     torch.manual_seed(0)
-    block = TransformerBlock(4, 2, d_ff=4, backend=backend).double()
-    x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    block = TransformerBlock(2, 1, d_ff=2, backend="custom").double()
+    x, y = torch.randn(2, 1, 3, 2, dtype=torch.float64)
     outer = {k: p.detach() for k, p in block.named_parameters()}
 
     def fit(p: Any) -> Tensor:
@@ -393,10 +392,10 @@ def test_through_attention_that_has_no_third_derivative(backend: str) -> None:
         return (functional_call(block, p, (y,)) - x).square().mean()
 
     inner = outer
-    for _ in range(60):
+    for _ in range(30):
         g = torch.func.grad(inner_loss)(inner, outer)
         inner = {k: inner[k] - 0.2 * g[k] for k in inner}
-    certificate = certify(inner_loss, outer_loss, inner, outer, solver=CG(rtol=1e-10), directions=1, lanczos_steps=16)
+    certificate = certify(inner_loss, outer_loss, inner, outer, solver=CG(rtol=1e-10), directions=1, lanczos_steps=8)
     assert certificate.ok, certificate
     assert certificate.constants.mu > 0
     assert certificate.spot_check is not None

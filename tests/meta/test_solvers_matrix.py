@@ -131,12 +131,14 @@ def test_gmres_finds_a_singularity_that_no_diagonal_shows(spectrum: list[float])
 
 
 def test_gmres_restarted_on_a_singular_operator_does_not_run_away() -> None:
-    """Each further cycle starts from a residual in the null space, where products are rounding."""
-    A, Q = symmetric([0.0, *torch.linspace(0.5, 4, 19).tolist()])
-    b = randn(20)
-    solution = GMRES(rtol=1e-9, restart=6, max_iterations=200).solve(times(A), b, throw=False)
-    assert solution.result.item() in (BREAK, MAX)
-    close(solution.residual, (Q[:, 0] @ b).abs(), 1e-6)  # least squares
+    """The first cycle ends at least squares; the next starts in the null space, where every product is rounding."""
+    A, Q = symmetric([0.0, 0.0, 0.7, 1, 1.5, 2, 2.5, 3])
+    b = randn(8, seed=50)
+    solution = GMRES(rtol=1e-9, restart=6, check_every=1).solve(times(A), b, throw=False)
+    assert solution.result.item() == BREAK
+    close(solution.residual, torch.linalg.vector_norm(Q[:, :2].mT @ b))
+    close(solution.value, torch.linalg.pinv(A, hermitian=True) @ b + Q[:, :2] @ (Q[:, :2].mT @ solution.value), 1e-8)
+    assert torch.linalg.vector_norm(solution.value) < 1e2
 
 
 def test_gmres_on_a_nilpotent_operator() -> None:
@@ -189,6 +191,20 @@ def test_warm_starts_save_what_they_know() -> None:
         cold = solver.solve(times(A), A @ exact).iterations
         warm = solver.solve(times(A), A @ exact, near).iterations
         assert 0 < warm <= 0.65 * cold  # 4 of 10 digits are left, and CG speeds up towards the end
+
+
+def test_least_squares_stops_by_its_own_tolerance() -> None:
+    """|A'r| <= rtol |A'b|, in the same number of iterations whatever the scale of A, and no later than it holds."""
+    A, b = randn(30, 10) * torch.linspace(1, 30, 10, **F64), randn(30, seed=1)
+    counts = {}
+    for rtol, scale in itertools.product((1e-2, 1e-10), (1e-3, 1.0, 1e3)):
+        solver = NormalCG(rtol=rtol, least_squares=True, check_every=1)
+        solution = solver.solve(times(scale * A), b, torch.zeros(10, **F64))
+        gradient = scale * A.mT @ (b - scale * A @ solution.value)
+        assert torch.linalg.vector_norm(gradient) <= rtol * torch.linalg.vector_norm(scale * A.mT @ b) * (1 + 1e-9)
+        counts[rtol, scale] = solution.iterations.item()
+    assert len({counts[1e-2, scale] for scale in (1e-3, 1.0, 1e3)}) == 1
+    assert counts[1e-2, 1.0] < counts[1e-10, 1.0] - 2
 
 
 # --- devices --------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Point:
     @property
     def exact(self) -> LinearSolver:
         """What the estimates solve with: as exactly as the dtype allows, minima or not."""
-        return MINRES(rtol=torch.finfo(self.z.dtype).eps ** 0.6)
+        return MINRES(rtol=torch.finfo(self.z.dtype).eps ** 0.6, check_every=1)
 
     def hessian(self, w: Tensor) -> Tensor:
         return self.d.hessian(self.z, self.x, w)
