@@ -37,7 +37,8 @@ class IMAML(GradientLearner):
         adjoint: default `Implicit()`, with CG; the paper's five iterations, whatever their residual, are
             `Implicit(Inexact(CG(max_iterations=5)))`. Any other differentiates in its own way, of the same problem.
         tol: largest norm of the gradient of G at phi_T, relative to that at theta. None does not look, which saves two
-            gradients and a synchronisation with the device in each outer step; `stationarity` looks when asked.
+            gradients and a synchronisation with the device in each outer step; `stationarity` looks when asked. A
+            network with kinks (ReLU behind BatchNorm) may settle where its gradient does not vanish: it needs None.
     The others: see `MAML`.
 
     Raises:
