@@ -76,7 +76,7 @@ def test_both_methods_find_the_same_penalty(composed, tmp_path):
         )["log_penalty"]["learned"]
         for kind in ("aid", "itd")
     ]
-    assert learned[0] == pytest.approx(learned[1], abs=1e-5)
+    assert learned[0] == pytest.approx(learned[1], abs=1e-4)  # what 200 steps from zero leave of the inner problem
 
 
 def test_weights_separate_wrong_labels_and_cleaning_helps(composed, tmp_path):

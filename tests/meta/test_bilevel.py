@@ -6,7 +6,9 @@ from torch.utils import _pytree as pytree
 
 from theria.meta import SGD, FirstOrder, MixedMode, Unrolled
 from theria.meta.bilevel import AID, ITD, BilevelProblem
+from theria.meta.implicit_adjoint import Implicit
 from theria.meta.solvers import CG, GMRES, MINRES, BiCGSTAB, Dense, Neumann, Result, SolverError
+from theria.meta.truncated import Truncated
 from theria.testing.problems import PROBLEMS, neumann, quadratic, ridge
 
 CLOSED = 1e-10  # float64, a closed form against an inner problem and a linear system solved to rounding
@@ -102,6 +104,33 @@ def test_a_truncated_neumann_series_is_so_many_steps_from_the_solution(terms):
     assert found.linear.result == Result.max_iterations
     close(found.gradient, problem.hypergradient(x))
     close(bilevel(problem).hypergradient(x, problem.inner0, itd(problem)).gradient, problem.hypergradient(x))
+
+
+def test_a_truncated_adjoint_is_the_same_series():
+    """Far more steps than are differentiated through, so that they end at z*: K + 1 of them are the series to K."""
+    problem = quadratic(2, condition=4.0)
+    x, rate, terms = problem.outer0, problem.rate, 6
+    series = AID(SGD(rate), 0, Neumann(scale=rate, rtol=0.0, max_iterations=terms), throw=False)
+    expected = bilevel(problem).hypergradient(x, problem.inner_solution(x), series).gradient
+    truncated = ITD(SGD(rate), problem.steps_to(CONVERGED), Truncated(terms))
+    close(bilevel(problem).hypergradient(x, problem.inner0, truncated).gradient, expected)
+    assert torch.linalg.vector_norm(expected - problem.hypergradient(x)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["quadratic", "hyper_cleaning", "imaml"])
+def test_the_implicit_adjoint_is_aid(name):
+    problem = PROBLEMS[name](1)
+    method = itd(problem, Implicit(solver=TIGHT))
+    found = bilevel(problem).hypergradient(problem.outer0, problem.inner0, method)
+    close(found.gradient, problem.hypergradient(problem.outer0))
+
+
+def test_the_implicit_adjoint_has_the_second_order_that_aid_refuses():
+    problem = quadratic(9, inner_dim=4, outer_dim=2, condition=3.0)
+    x, method = problem.outer0, itd(problem, Implicit(solver=TIGHT))
+    hessian = torch.func.jacrev(torch.func.grad(lambda x: bilevel(problem).evaluate(x, problem.inner0, method).value))
+    columns = [problem.hypergradient(x + e) - problem.hypergradient(x) for e in torch.eye(2).double()]
+    close(hessian(x), torch.stack(columns))
 
 
 @pytest.mark.parametrize("kind", ["itd", "aid"])

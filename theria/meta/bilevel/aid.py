@@ -51,7 +51,8 @@ class AID(Method):
 
     Raises:
         NotImplementedError: when its gradient is differentiated again: z and v are constants in equation 1, and the
-            second derivative of that would be wrong. `ITD` has every order.
+            second derivative of that would be wrong. `ITD` with `Unrolled()` or `Implicit(solver=...)` has every order,
+            the latter by the same equation, without the warm start of v.
     """
 
     optimiser: InnerOptimiser

@@ -1,5 +1,7 @@
 """Hyperparameters of ridge regression, and weights of training samples whose labels may be wrong."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -104,62 +106,81 @@ def least_squares_cleaning(seed: int = 0, dtype: torch.dtype = torch.float64, de
     )
 
 
+@dataclass(frozen=True)
+class _Cleaning:
+    """Softmax regression W (p, k) on A (n, p) with targets Y (n, k) and weights s(x), judged on B (m, p), Z (m, k)."""
+
+    A: Tensor
+    Y: Tensor
+    B: Tensor
+    Z: Tensor
+    penalty: float
+
+    def inner_loss(self, W: Tensor, x: Tensor) -> Tensor:
+        return (x.sigmoid() * _cross_entropies(self.A @ W, self.Y)).mean() + self.penalty * W.square().sum()
+
+    def outer_loss(self, W: Tensor, x: Tensor) -> Tensor:
+        return _cross_entropies(self.B @ W, self.Z).mean()
+
+    def inner_sample(self, W: Tensor, x: Tensor, i: Tensor) -> Tensor:
+        return _Cleaning(self.A[i], self.Y[i], self.B, self.Z, self.penalty).inner_loss(W, x[i])
+
+    def outer_sample(self, W: Tensor, x: Tensor, j: Tensor) -> Tensor:
+        return _cross_entropies(self.B[j] @ W, self.Z[j]).mean()
+
+    def hessian(self, W: Tensor, s: Tensor) -> Tensor:
+        """(pk, pk): mean of s_i a_i a_i' (x) (diag(q_i) - q_i q_i'), plus 2c I, with q the probabilities."""
+        q = (self.A @ W).softmax(1)
+        inner = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
+        H = torch.einsum("i,ij,ikm,il->jklm", s, self.A, inner, self.A).reshape(2 * (W.numel(),)) / len(q)
+        return H + 2 * self.penalty * torch.eye(W.numel()).to(H)
+
+    def inverse_hessian(self, W: Tensor, s: Tensor, right: Tensor) -> Tensor:
+        return torch.linalg.solve(self.hessian(W, s), right.reshape(-1)).reshape(W.shape)
+
+    def solution(self, x: Tensor) -> Tensor:
+        """By Newton's method from 0: the third derivative is small beside 2c, so that full steps converge."""
+        W, s = torch.zeros(self.A.shape[1], self.Y.shape[1]).to(self.A), x.sigmoid()
+        for _ in range(30):
+            gradient = (self.A.T * s) @ _residual(self.A @ W, self.Y) / len(s) + 2 * self.penalty * W
+            W = W - self.inverse_hessian(W, s, gradient)
+        return W
+
+    def hypergradient(self, x: Tensor) -> Tensor:
+        W, s = self.solution(x), x.sigmoid()
+        V = -self.inverse_hessian(W, s, self.B.T @ _residual(self.B @ W, self.Z) / len(self.B))
+        return s * (1 - s) / len(s) * (_residual(self.A @ W, self.Y) * (self.A @ V)).sum(1)
+
+
+def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    return -(logits.log_softmax(-1) * targets).sum(-1)
+
+
+def _residual(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.softmax(1) - targets
+
+
 def hyper_cleaning(seed: int = 0, dtype: torch.dtype = torch.float64, device: Device = "cpu") -> Problem:
     """Data hyper-cleaning with softmax regression, as in benchmark_bilevel and Dagréou et al. 2022 (section 4).
 
     g = mean s(x_i) ce(W'a_i, y_i) + c |W|^2 on training data with wrong labels, f = mean ce on clean data. W* has no
-    closed form: it is found by Newton's method to the last bit of float64 and dh/dx from the dense Hessian,
-    H_(jk)(lm) = mean s_i a_ij (q_ik d_km - q_ik q_im) a_il + 2c with q the probabilities; V = -H^-1 df/dW,
-    dh/dx_i = s'(x_i) / n (q_i - y_i)'(V'a_i).
+    closed form: it is found by Newton's method to the last bit of float64, and with V = -H^-1 df/dW from the dense
+    Hessian and q the probabilities, dh/dx_i = s'(x_i) / n (q_i - y_i)'(V'a_i).
     """
     n, m, p, k, c, source = 30, 24, 5, 3, 0.2, generator(seed)
-    (A, Y), (B, Z) = _classes(source, n, p, k, 0.3), _classes(source, m, p, k, 0.0)
-    working, exact = rounded([A, Y, B, Z, normal(source, n)], dtype, device)
-    (A, Y, B, Z, outer0), (A64, Y64, B64, Z64, x64) = working, exact
-
-    def residual(X: Tensor, W: Tensor, targets: Tensor) -> Tensor:
-        return (X @ W).softmax(1) - targets
-
-    def hessian(W: Tensor, s: Tensor) -> Tensor:
-        q = (A64 @ W).softmax(1)
-        inner = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
-        H = torch.einsum("i,ij,ikm,il->jklm", s, A64, inner, A64).reshape(p * k, p * k) / n
-        return H + 2 * c * torch.eye(p * k).to(H)
-
-    def solve(W: Tensor, s: Tensor, right: Tensor) -> Tensor:
-        return torch.linalg.solve(hessian(W, s), right.reshape(-1)).reshape(p, k)
-
-    def solution(x: Tensor) -> Tensor:
-        W, s = torch.zeros(p, k).to(A64), x.sigmoid()
-        for _ in range(30):  # strongly convex with a small third derivative: full steps converge from 0
-            W = W - solve(W, s, (A64.T * s) @ residual(A64, W, Y64) / n + 2 * c * W)
-        return W
-
-    def gradient(x: Tensor) -> Tensor:
-        W, s = solution(x), x.sigmoid()
-        V = -solve(W, s, B64.T @ residual(B64, W, Z64) / m)
-        return s * (1 - s) / n * (residual(A64, W, Y64) * (A64 @ V)).sum(1)
-
-    def losses(X: Tensor, targets: Tensor, W: Tensor) -> Tensor:
-        return -((X @ W).log_softmax(-1) * targets).sum(-1)
-
-    def inner_loss(W: Tensor, x: Tensor) -> Tensor:
-        return (x.sigmoid() * losses(A, Y, W)).mean() + c * W.square().sum()
-
-    def inner_sample(W: Tensor, x: Tensor, i: Tensor) -> Tensor:
-        return (x[i].sigmoid() * losses(A[i], Y[i], W)).mean() + c * W.square().sum()
-
-    eigenvalues = torch.linalg.eigvalsh(hessian(solution(x64), x64.sigmoid()))
+    drawn = [*_classes(source, n, p, k, 0.3), *_classes(source, m, p, k, 0.0), normal(source, n)]
+    (A, Y, B, Z, outer0), (A64, Y64, B64, Z64, x64) = rounded(drawn, dtype, device)
+    losses, truth = _Cleaning(A, Y, B, Z, c), _Cleaning(A64, Y64, B64, Z64, c)
+    weighted = (truth.A.T * x64.sigmoid()) @ truth.A / n
     return Problem(
         name="hyper_cleaning",
-        inner_loss=inner_loss,
-        outer_loss=lambda W, x: losses(B, Z, W).mean(),
-        inner0=torch.zeros(p, k).to(A),
+        inner_loss=losses.inner_loss,
+        outer_loss=losses.outer_loss,
+        inner0=torch.zeros(p, k).to(outer0),
         outer0=outer0,
-        inner_solution=in_float64(solution),
-        hypergradient=in_float64(gradient),
+        inner_solution=in_float64(truth.solution),
+        hypergradient=in_float64(truth.hypergradient),
         least=2 * c,
-        # |X|^2 / 8 bounds the curvature of softmax (q - q^2 <= 1/4, two classes move at most 1/2 of it) on the way too.
-        largest=max(float(eigenvalues[-1]), float((A64.T * x64.sigmoid() @ A64 / n).norm(2) / 2 + 2 * c)),
-        samples=Samples(inner_sample, lambda W, x, j: losses(B[j], Z[j], W).mean(), n, m),
+        largest=float(torch.linalg.eigvalsh(weighted)[-1]) / 2 + 2 * c,  # diag(q) - qq' <= 1/2, at every W
+        samples=Samples(losses.inner_sample, losses.outer_sample, n, m),
     )
