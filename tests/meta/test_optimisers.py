@@ -145,6 +145,17 @@ def test_inputs_are_not_mutated_and_outputs_are_new(optimiser):
     assert all(leaf.is_floating_point() for leaf in pytree.tree_leaves(state))
 
 
+@pytest.mark.parametrize("optimiser", [SGD([0.3, 0.2], learn_lr="tensor"), Adam(0.1, weight_decay=0.1)], ids=str)
+def test_derivatives_of_steps_compile_to_one_graph(optimiser):
+    params, hyper = start(), optimiser.hyper(start())
+
+    def gradient(params, hyper):
+        return torch.func.grad(lambda p, h: loss(run(optimiser, p, h, 2)[0]), (0, 1))(params, hyper)
+
+    compiled = torch.compile(gradient, fullgraph=True, backend="eager")
+    same(compiled(params, hyper), gradient(params, hyper))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_keep_their_dtype_scalars_included(optimiser, dtype):
     params = {"w": torch.ones(2, dtype=dtype), "s": torch.ones((), dtype=dtype)}
