@@ -126,8 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     if options.install:
         for library in options.peers:
-            if library != "theria" and not environments.interpreter(options.environments, library).exists():
-                print(f"installing {library}", file=sys.stderr, flush=True)
+            if library != "theria":
+                print(f"environment of {library}", file=sys.stderr, flush=True)
                 environments.install(options.environments, library)
     before = os.getloadavg()[0]
     results = compare_speed(options) if options.speed else compare(options)

@@ -1,5 +1,6 @@
 """An environment for each peer: how it installs beside Python 3.11 and PyTorch 2.13, and where its interpreter is."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -35,8 +36,7 @@ def _learn2learn(python: Path) -> None:
         with tarfile.open(archive) as packed:
             packed.extractall(folder, filter="data")
         (package,) = Path(folder).glob("learn2learn-*/learn2learn")
-        package.rename(Path(folder) / "learn2learn")
-        subprocess.run(["cp", "-r", str(Path(folder) / "learn2learn"), str(site)], check=True)
+        shutil.copytree(package, site / "learn2learn", dirs_exist_ok=True)
 
 
 PEERS = {
@@ -61,11 +61,14 @@ def interpreter(environments: Path, name: str) -> Path:
 
 
 def install(environments: Path, name: str) -> None:
-    """Make a peer's environment, or bring it to what `PEERS` says."""
-    python, peer = interpreter(environments, name), PEERS[name]
+    """Make a peer's environment, or finish one that was left unfinished."""
+    python, peer, finished = interpreter(environments, name), PEERS[name], environments / name / "finished"
+    if finished.exists():
+        return
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(environments / name)], check=True)
     for arguments in peer.installs:
         subprocess.run([str(python), "-m", "pip", "install", "-q", *arguments], check=True)
     if peer.finish is not None:
         peer.finish(python)
+    finished.touch()
