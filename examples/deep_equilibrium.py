@@ -101,7 +101,7 @@ def train(steps: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=75, help="training steps")
+    parser.add_argument("--steps", type=int, default=60, help="training steps")
     options = parser.parse_args(arguments)
     compare_with_unrolling()
     train(options.steps)
