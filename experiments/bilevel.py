@@ -10,6 +10,7 @@ Exit status: 0; 2 for a mistake in the settings; 3 for a loss or hypergradient t
 """
 
 import json
+import math
 import shlex
 import time
 from importlib.metadata import version
@@ -22,11 +23,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from experiments import bilevel_config, bilevel_problems, errors, store, tracking
-from experiments.bilevel_config import BilevelConfig, MethodConfig, MethodKind, OuterKind
-from experiments.bilevel_problems import Stage
+from experiments import bilevel_cleaning, bilevel_config, bilevel_ridge, errors, store, tracking
+from experiments.bilevel_config import (
+    BilevelConfig,
+    HyperCleaningConfig,
+    MethodConfig,
+    MethodKind,
+    OuterKind,
+    ProblemConfig,
+    RidgeConfig,
+)
+from experiments.bilevel_data import Experiment, Stage
 from theria.meta import SGD
-from theria.meta.bilevel import AID, ITD, Method
+from theria.meta.bilevel import AID, ITD, Evaluation, Method
 from theria.meta.solvers import CG
 from theria.testing.machine import machine
 
@@ -41,7 +50,7 @@ def run(settings: BilevelConfig, run_dir: Path, overrides: list[str]) -> dict[st
     check(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    experiment = bilevel_problems.build(settings.problem, settings.seed)
+    experiment = build(settings.problem, settings.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     container = OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(container))
@@ -88,6 +97,20 @@ def check(settings: BilevelConfig) -> None:
         raise errors.UserError(f"method.momentum={method.momentum}: needed is a number in [0, 1)")
 
 
+def build(config: ProblemConfig, seed: int) -> Experiment:
+    """The experiment of a configuration.
+
+    Raises:
+        errors.UserError: what does not fit the data set.
+    """
+    match config:
+        case HyperCleaningConfig():
+            return bilevel_cleaning.build(config, seed)
+        case RidgeConfig():
+            return bilevel_ridge.build(config, seed)
+    raise TypeError(f"no builder for {type(config).__name__}")
+
+
 def build_method(config: MethodConfig, stage: Stage, outer: Tensor) -> Method:
     rate = 1 / float(stage.largest(outer)) if config.inner_rate is None else config.inner_rate
     optimiser = SGD(rate, momentum=config.momentum, nesterov=config.momentum > 0)
@@ -98,44 +121,56 @@ def build_method(config: MethodConfig, stage: Stage, outer: Tensor) -> Method:
     return AID(optimiser, config.inner_steps, solver, throw=False, mode="reverse_over_reverse")
 
 
-def optimise(settings: BilevelConfig, name: str, stage: Stage, lines: tracking.JsonLines) -> tuple[Tensor, int]:
-    """The outer variable at the end of a stage, and the evaluations that it took."""
-    outer = torch.nn.Parameter(stage.outer0.clone())
-    warm: dict[str, Any] = {"inner0": stage.inner0, "v0": None}
-    count = 0
+class Evaluator:
+    """h of a stage at its outer variable, with the gradient in `outer.grad`; warm starts and lines of figures."""
 
-    def evaluate() -> Tensor:
-        nonlocal count
-        optimiser.zero_grad()
-        method = build_method(settings.method, stage, outer.detach())
-        evaluation = stage.problem.evaluate(outer, method=method, **warm)
+    def __init__(self, settings: BilevelConfig, name: str, stage: Stage, lines: tracking.JsonLines) -> None:
+        self.settings, self.name, self.stage, self.lines = settings, name, stage, lines
+        self.outer = torch.nn.Parameter(stage.outer0.clone())
+        self.warm: dict[str, Any] = {"inner0": stage.inner0, "v0": None}
+        self.count = 0
+
+    def __call__(self) -> Tensor:
+        self.outer.grad = None
+        method = build_method(self.settings.method, self.stage, self.outer.detach())
+        evaluation = self.stage.problem.evaluate(self.outer, method=method, **self.warm)
         evaluation.value.backward()
         if isinstance(method, AID):  # ITD is the gradient of steps from one and the same start
-            warm.update(inner0=evaluation.inner, v0=evaluation.linear.value)
-        value, norm = evaluation.value.item(), float(outer.grad.norm())  # pyright: ignore[reportOptionalMemberAccess]
-        if not (torch.tensor([value, norm]).isfinite().all()):
-            raise errors.NonFiniteError(
-                f"{name}, evaluation {count}: value {value}, hypergradient norm {norm}. Lower outer.lr or "
-                f"method.inner_rate"
-            )
-        if count % settings.log_every == 0:
-            figures = {"value": value, "gradient_norm": norm, "inner_residual": float(evaluation.inner_residual)}
-            figures |= stage.figures(outer.detach(), evaluation.inner)
-            lines.write({"step": count, **{f"{name}/{key}": figure for key, figure in figures.items()}})
-            print(f"{name} {count}: " + ", ".join(f"{key} {figure:.4g}" for key, figure in figures.items()), flush=True)
-        count += 1
+            self.warm = {"inner0": evaluation.inner, "v0": evaluation.linear.value}
+        self._record(evaluation)
+        self.count += 1
         return evaluation.value
 
+    def _record(self, evaluation: Evaluation) -> None:
+        assert self.outer.grad is not None
+        value, norm = evaluation.value.item(), float(self.outer.grad.norm())
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise errors.NonFiniteError(
+                f"{self.name}, evaluation {self.count}: value {value}, hypergradient norm {norm}. Lower outer.lr or "
+                f"method.inner_rate"
+            )
+        if self.count % self.settings.log_every:
+            return
+        figures = {"value": value, "gradient_norm": norm, "inner_residual": float(evaluation.inner_residual)}
+        figures |= self.stage.figures(self.outer.detach(), evaluation.inner)
+        self.lines.write({"step": self.count, **{f"{self.name}/{key}": figure for key, figure in figures.items()}})
+        shown = ", ".join(f"{key} {figure:.4g}" for key, figure in figures.items())
+        print(f"{self.name} {self.count}: {shown}", flush=True)
+
+
+def optimise(settings: BilevelConfig, name: str, stage: Stage, lines: tracking.JsonLines) -> tuple[Tensor, int]:
+    """The outer variable at the end of a stage, and the evaluations that it took."""
+    evaluate = Evaluator(settings, name, stage, lines)
     if settings.outer.kind is OuterKind.lbfgs:
         options = {"max_iter": settings.outer.steps, "max_eval": settings.outer.steps, "line_search_fn": "strong_wolfe"}
-        optimiser = torch.optim.LBFGS([outer], tolerance_grad=1e-9, tolerance_change=1e-12, **options)
+        optimiser = torch.optim.LBFGS([evaluate.outer], tolerance_grad=1e-9, tolerance_change=1e-12, **options)
         optimiser.step(evaluate)  # pyright: ignore[reportArgumentType]
     else:
-        optimiser = torch.optim.Adam([outer], lr=settings.outer.lr)
+        optimiser = torch.optim.Adam([evaluate.outer], lr=settings.outer.lr)
         for _ in range(settings.outer.steps):
             evaluate()
             optimiser.step()
-    return outer.detach(), count
+    return evaluate.outer.detach(), evaluate.count
 
 
 @hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="bilevel")

@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import bilevel, bilevel_config, bilevel_problems, store
+from experiments import bilevel, bilevel_cleaning, bilevel_config, store
 from experiments.bilevel_config import HyperCleaningConfig
 from experiments.errors import NonFiniteError, UserError, explain
 
@@ -92,8 +92,8 @@ def test_weights_separate_wrong_labels_and_cleaning_helps(composed, tmp_path):
 
 def test_labels_are_wrong_as_often_as_asked_and_never_by_chance_right():
     config = HyperCleaningConfig(train=1000, validation=50, corrupted=0.3)
-    stage = bilevel_problems.build(config, 3).stages["weights"]
-    right = bilevel_problems.build(HyperCleaningConfig(train=1000, validation=50, corrupted=0.0), 3).stages["weights"]
+    stage = bilevel.build(config, 3).stages["weights"]
+    right = bilevel.build(HyperCleaningConfig(train=1000, validation=50, corrupted=0.0), 3).stages["weights"]
     W, x = torch.randn(65, 10, dtype=torch.float64), stage.outer0
     # The inner losses' gradients in the weights say which samples' labels differ.
     differ = torch.func.grad(stage.problem.g, 1)(W, x) != torch.func.grad(right.problem.g, 1)(W, x)
@@ -105,15 +105,15 @@ def test_labels_are_wrong_as_often_as_asked_and_never_by_chance_right():
 def test_auc_is_that_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     score, positive = torch.randint(5, (200,)).double(), torch.rand(200) < 0.4
-    assert bilevel_problems.auc(score, positive) == pytest.approx(metrics.roc_auc_score(positive, score), abs=1e-12)
-    assert bilevel_problems.auc(score, torch.ones(200).bool()) == 0.5
+    assert bilevel_cleaning.auc(score, positive) == pytest.approx(metrics.roc_auc_score(positive, score), abs=1e-12)
+    assert bilevel_cleaning.auc(score, torch.ones(200).bool()) == 0.5
 
 
 def test_softmax_regression_is_that_of_scikit_learn():
     linear = pytest.importorskip("sklearn.linear_model")
     X, y = torch.randn(120, 5, dtype=torch.float64), torch.arange(120) % 10
     share, penalty = torch.rand(120, dtype=torch.float64), 0.01
-    W = bilevel_problems._Softmax(X, y).fit(share, penalty)
+    W = bilevel_cleaning.Softmax(X, y).fit(share, penalty)
     peer = linear.LogisticRegression(
         C=1 / (2 * penalty * 120), fit_intercept=False, tol=1e-10, solver="newton-cholesky"
     )
