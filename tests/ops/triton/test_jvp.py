@@ -242,7 +242,7 @@ def test_nothing_is_written_outside(shape, monkeypatch):
     t = direction(ops)
     monkeypatch.setattr(torch, "empty", guarded)
     jvp(ops, o, lse, t, spec)
-    assert len(buffers) == 2
+    assert len(buffers) == 10  # tO and tau, the parts of six operands, two tensors of factors
     for x in buffers:
         assert x[GUARD:-GUARD].isfinite().all()
         assert x[:GUARD].isnan().all()

@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from theria.ops.operands import Shapes
 from theria.ops.triton.launch import Frame, launch
+from theria.ops.triton.parts import factors
 from theria.ops.triton.tiles import select
 
 
@@ -26,7 +27,14 @@ def by_rows(kernel: Any, name: str, reads: Sequence[str], frame: Frame, stats: T
     tile = select(name, frame)
     tensors, strides, call, static = frame.describe((*reads, "dq"), tile)
     programs = -(-frame.N // tile.rows) * frame.heads
-    launch(kernel, programs, frame, (*tensors, stats, strides, call), static, tile)
+    launch(
+        kernel,
+        programs,
+        frame,
+        (*tensors, stats, factors(frame, "rows"), factors(frame, "keys"), strides, call),
+        static,
+        tile,
+    )
     return frame.finish(dq, shape)
 
 
@@ -43,10 +51,11 @@ def by_keys(
         return dk, dv
     grouped = frame.sums_last(*shapes)
     dk, dv = (frame.new_cotangent(x, shape, grouped) for x, shape in zip(("dk", "dv"), shapes, strict=True))
-    written = tuple(x for x, cotangent in (("dk", dk), ("dv", dv)) if cotangent is not None)
-    tensors, strides, call, static = frame.describe((*reads, *written), tile, grouped)
+    names = tuple(x for x, cotangent in (("dk", dk), ("dv", dv)) if cotangent is not None)
+    tensors, strides, call, static = frame.describe((*reads, *names), tile, grouped)
     programs = -(-frame.M // tile.keys) * (frame.heads // frame.lead[-1] if grouped else frame.heads)
-    launch(kernel, programs, frame, (*tensors[: len(reads)], dk, dv, stats, strides, call), static, tile)
+    written = dk, dv, stats, factors(frame, "rows"), factors(frame, "keys")
+    launch(kernel, programs, frame, (*tensors[: len(reads)], *written, strides, call), static, tile)
     return frame.finish(dk, shapes[0]), frame.finish(dv, shapes[1])
 
 

@@ -12,8 +12,10 @@ from theria.ops.operands import AttentionSpec, Operands
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, mask_scores, own_rows
-from theria.ops.triton.softmax import LN2, LOG2E, left_operand, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, store, store_row
+from theria.ops.triton.parts import factors, load_factors, with_parts
+from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
+from theria.ops.triton.softmax import LN2, LOG2E, probabilities, scaled_scores
+from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, store, store_row
 from theria.ops.triton.tiles import select
 
 
@@ -21,10 +23,11 @@ from theria.ops.triton.tiles import select
 def _step(acc, total, top, q, keys, common, row, col, edge, S: constexpr):
     """One tile of keys: the maxima of the rows so far, in the unit of the scores; the sums of their weights and the
     weighted sums of V relative to them."""
-    k, v = keys
+    k, v, key_factors = keys
     mask, seed, strides, head, lead, call = common
-    UNIT: constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
-    k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
+    UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0
+    of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
+    k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
     ADDITIVE: constexpr = mask is not None and mask.dtype.element_ty.is_floating()
     if ADDITIVE:
         x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
@@ -35,25 +38,26 @@ def _step(acc, total, top, q, keys, common, row, col, edge, S: constexpr):
         higher = tl.maximum(top, tl.max(x, 1) * (call.scale * UNIT))
         x = x * (call.scale * UNIT)
     pivots = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
-    weight = probabilities(x, pivots[:, None], q.dtype)
-    shrink = probabilities(top, pivots, q.dtype)
+    weight = probabilities(x, pivots[:, None], S)
+    shrink = probabilities(top, pivots, S)
     total = total * shrink + tl.sum(weight, 1)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
-    v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
-    acc = product(drop(weight, keep).to(v.dtype), v, acc * shrink[:, None], S)
+    v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
+    acc = weighted_sum(drop(weight, keep), v, acc * shrink[:, None], S)
     return acc, total, higher
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def forward_kernel(q, k, v, mask, seed, o, lse, strides, call, S: constexpr):
+def forward_kernel(q, k, v, mask, seed, o, lse, row_factors, key_factors, strides, call, S: constexpr):
     """``o`` (*L, N, E) and ``lse`` (*L, N) of one block of rows."""
     head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
-    q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
+    of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
+    q_tile = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
     q_tile = left_operand(q_tile, S)
-    keys = (k, v)
+    keys = (k, v, key_factors)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
     total = tl.zeros((S.BLOCK_M,), tl.float32)
@@ -63,7 +67,7 @@ def forward_kernel(q, k, v, mask, seed, o, lse, strides, call, S: constexpr):
         acc, total, top = _step(acc, total, top, q_tile, keys, common, row, col, col >= plain, S)
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: o = 0, lse = −∞
     store(at(o, strides.o, lead, S.VEC), acc / total[:, None], row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
-    rows = top + tl.log(total) if q_tile.dtype == tl.float32 else (top + tl.log2(total)) * LN2
+    rows = top + tl.log(total) if S.PRECISION != "ieee" else (top + tl.log2(total)) * LN2
     store_row(at_row(lse, head, call), rows, row, call.N, S.BLOCK_M, S.EVEN_N)
 
 
@@ -75,10 +79,17 @@ def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     if spec.scale <= 0:  # the kernel takes the maximum of a row before the scale
         sign = -1 if spec.scale < 0 else 0
         ops, spec = ops._replace(q=sign * ops.q), replace(spec, scale=-spec.scale or 1.0)
-    frame = Frame(ops, spec)
+    frame = with_parts(Frame(ops, spec), NAMES)
     tile = select("forward", frame)
     o, lse = frame.new_output(), frame.new_rows()
     tensors, strides, call, static = frame.describe(NAMES, tile)
     programs = -(-frame.N // tile.rows) * frame.heads
-    launch(forward_kernel, programs, frame, (*tensors, lse, strides, call), static, tile)
+    launch(
+        forward_kernel,
+        programs,
+        frame,
+        (*tensors, lse, factors(frame, "rows"), factors(frame, "keys"), strides, call),
+        static,
+        tile,
+    )
     return o, lse

@@ -15,9 +15,11 @@ from theria.ops.triton.cotangents import cotangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.masks import key_range, own_rows, row_range
+from theria.ops.triton.parts import load_factors, with_parts
+from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
-from theria.ops.triton.softmax import left_operand, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, constexpr, coordinates, device, load, store
+from theria.ops.triton.softmax import probabilities, scaled_scores
+from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
 
 @triton.jit
@@ -46,41 +48,45 @@ def score_tangent(p, ds, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: constexpr,
 def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: constexpr):
     """One tile of keys: adds tdS K + dS tK."""
     pivots, delta, tau, tdelta = stats
-    k, tk, v, tv = keys
+    k, tk, v, tv, key_factors = keys
     mask, seed, strides, head, lead, call = common
-    k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
-    tk = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
-    v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
-    tv = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, S)
+    of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
+    k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+    tk = load_operand(tk, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
+    v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
+    tv = load_operand(tv, strides.tv, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 3, S)
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
-    p = probabilities(x, pivots[:, None], q.dtype)
+    p = probabilities(x, pivots[:, None], S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     u = log_tangent(q, tq, k, tk, tau[:, None], call, False, S)
     ds = p * (drop(score_product(do, v, None, False, S), keep) - delta[:, None])
     tds = score_tangent(p, ds, u, do, tdo, v, tv, tdelta[:, None], keep, False, S)
-    acc = product(tds.to(k.dtype), k, acc, S)
+    acc = weighted_sum(tds, k, acc, S)
     if tk is not None:
-        acc = product(ds.to(k.dtype), tk, acc, S)
+        acc = weighted_sum(ds, tk, acc, S)
     return acc
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def hvp_dq_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, strides, call, S: constexpr):
+def hvp_dq_kernel(
+    q, k, v, mask, seed, do, tq, tk, tv, tdo, dq, stats, row_factors, key_factors, strides, call, S: constexpr
+):
     """tdQ (17) of one block of rows."""
     head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
-    q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
-    tq_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
-    do_tile = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
-    tdo_tile = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
+    of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
+    q_tile = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
+    tq_tile = load_operand(tq, strides.tq, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 1, S)
+    do_tile = load_operand(do, strides.do, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 2, S)
+    tdo_tile = load_operand(tdo, strides.tdo, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 3, S)
     stats = load_stats(stats, head, row, call, S.BLOCK_M, True)
     q_tile = left_operand(q_tile, S)
     tq_tile = left_operand(tq_tile, S)
     do_tile = left_operand(do_tile, S)
     tdo_tile = left_operand(tdo_tile, S)
-    keys = (k, tk, v, tv)
+    keys = (k, tk, v, tv, key_factors)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
     plain, end = key_range(row, call, S)
@@ -107,28 +113,29 @@ def _dkv_step(
     S: constexpr,
 ):
     """One tile of rows: adds tdSᵀQ + dSᵀtQ and (R∘tP)ᵀdO + P̃ᵀtdO. Tiles of scores are (keys, rows)."""
-    q, tq, do, tdo, stats = rows
+    q, tq, do, tdo, stats, row_factors = rows
     mask, seed, strides, head, lead, call = common
-    q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
-    tq = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
-    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
-    tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
+    of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
+    q = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
+    tq = load_operand(tq, strides.tq, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 1, S)
+    do = load_operand(do, strides.do, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 2, S)
+    tdo = load_operand(tdo, strides.tdo, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 3, S)
     pivots, delta, tau, tdelta = load_stats(stats, head, row, call, S.BLOCK_M, True)
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, True, S)
-    p = probabilities(x, pivots[None, :], q.dtype)
+    p = probabilities(x, pivots[None, :], S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, True)
     u = log_tangent(q, tq, k, tk, tau[None, :], call, True, S)
     if DV:
         if u is not None:
-            acc_v = product(drop(p * u, keep).to(do.dtype), do, acc_v, S)
+            acc_v = weighted_sum(drop(p * u, keep), do, acc_v, S)
         if tdo is not None:
-            acc_v = product(drop(p, keep).to(do.dtype), tdo, acc_v, S)
+            acc_v = weighted_sum(drop(p, keep), tdo, acc_v, S)
     if DK:
         ds = p * (drop(score_product(do, v, None, True, S), keep) - delta[None, :])
         tds = score_tangent(p, ds, u, do, tdo, v, tv, tdelta[None, :], keep, True, S)
-        acc_k = product(tds.to(q.dtype), q, acc_k, S)
+        acc_k = weighted_sum(tds, q, acc_k, S)
         if tq is not None:
-            acc_k = product(ds.to(q.dtype), tq, acc_k, S)
+            acc_k = weighted_sum(ds, tq, acc_k, S)
     return acc_k, acc_v
 
 
@@ -146,7 +153,9 @@ def _dkv_head(acc_k, acc_v, k, tk, v, tv, rows, common, col, DK: constexpr, DV: 
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def hvp_dkv_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dk, dv, stats, strides, call, S: constexpr):
+def hvp_dkv_kernel(
+    q, k, v, mask, seed, do, tq, tk, tv, tdo, dk, dv, stats, row_factors, key_factors, strides, call, S: constexpr
+):
     """tdK (17) and tdV (18) of one block of keys; with S.GROUPED summed over the query heads of a key head."""
     DK: constexpr = dk is not None
     DV: constexpr = dv is not None
@@ -156,15 +165,16 @@ def hvp_dkv_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, dk, dv, stats, stri
         first *= call.L3
     col = (tl.program_id(0) % blocks) * S.BLOCK_N
     lead = coordinates(first, call)
-    k_tile = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
-    tk_tile = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
-    v_tile = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
-    tv_tile = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, S)
+    of_keys = load_factors(key_factors, first, col, call.M, S.BLOCK_N)
+    k_tile = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+    tk_tile = load_operand(tk, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
+    v_tile = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
+    tv_tile = load_operand(tv, strides.tv, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 3, S)
     k_tile = left_operand(k_tile, S)
     tk_tile = left_operand(tk_tile, S)
     v_tile = left_operand(v_tile, S)
     tv_tile = left_operand(tv_tile, S)
-    rows = (q, tq, do, tdo, stats)
+    rows = (q, tq, do, tdo, stats, row_factors)
     acc_k = tl.zeros((S.BLOCK_N, S.BLOCK_D if DK else 1), tl.float32)
     acc_v = tl.zeros((S.BLOCK_N, S.BLOCK_E if DV else 1), tl.float32)
     if S.GROUPED:
@@ -203,4 +213,4 @@ def hvp(
     frame = Frame(ops, spec, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
     if stats is None:
         stats = row_stats(frame, lse, tau)
-    return cotangents("hvp", (hvp_dq_kernel, hvp_dkv_kernel), READS, frame, stats, shapes)
+    return cotangents("hvp", (hvp_dq_kernel, hvp_dkv_kernel), READS, with_parts(frame, READS), stats, shapes)

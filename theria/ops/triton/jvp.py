@@ -10,8 +10,10 @@ from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
+from theria.ops.triton.parts import factors, load_factors, with_parts
+from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import PADDING, new_stats, store_stats
-from theria.ops.triton.softmax import left_operand, pivot, probabilities, product, scaled_scores, score_product
+from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
 
@@ -19,39 +21,42 @@ from theria.ops.triton.tiles import select
 @triton.jit
 def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: constexpr):
     """One tile of keys: adds to (P̃∘tS)V + P̃tV and to tau."""
-    k, v, tk, tv = keys
+    k, v, tk, tv, key_factors = keys
     mask, seed, strides, head, lead, call = common
-    k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
-    tk = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
+    of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
+    k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+    tk = load_operand(tk, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
-    p = probabilities(x, pivots[:, None], q.dtype)
+    p = probabilities(x, pivots[:, None], S)
     ts = score_product(tq, k, None, False, S)
     ts = score_product(q, tk, ts, False, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     if ts is not None:
         w = p * (ts * call.scale)
         tau += tl.sum(w, 1)
-        v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
-        acc = product(drop(w, keep).to(v.dtype), v, acc, S)
+        v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
+        acc = weighted_sum(drop(w, keep), v, acc, S)
     if tv is not None:
-        tv = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, S)
-        acc = product(drop(p, keep).to(tv.dtype), tv, acc, S)
+        tv = load_operand(tv, strides.tv, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 3, S)
+        acc = weighted_sum(drop(p, keep), tv, acc, S)
     return acc, tau
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, do, tdo, lse, tau, stats, strides, call, S: constexpr):
+def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, do, tdo, lse, tau, stats, row_factors, key_factors, strides,
+               call, S: constexpr):  # fmt: skip
     """``to`` (*L, N, E) and ``tau`` (*L, N) of one block of rows; with ``do`` also what the hvp needs of its rows."""
     head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
-    q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
-    tq_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
-    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), q_tile.dtype)
+    of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
+    q_tile = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
+    tq_tile = load_operand(tq, strides.tq, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 1, S)
+    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), S)
     q_tile = left_operand(q_tile, S)
     tq_tile = left_operand(tq_tile, S)
-    keys = (k, v, tk, tv)
+    keys = (k, v, tk, tv, key_factors)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
     sums = tl.zeros((S.BLOCK_M,), tl.float32)
@@ -69,6 +74,7 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, do, tdo, lse, tau, stats,
         store_stats(stats, pivots, o_tile, do, acc.to(o_tile.dtype), tdo, sums, head, row, call, S)
 
 
+OPERANDS = ("q", "k", "v", "tq", "tk", "tv")
 NAMES = ("q", "k", "v", "mask", "seed", "o", "tq", "tk", "tv", "to", "do", "tdo")
 
 
@@ -85,11 +91,13 @@ def jvp_and_stats(
     They are None without ``do``, and where the rows of their padding would need programs of their own.
     """
     frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v, do=do, tdo=tdo)
+    frame = with_parts(frame, OPERANDS)
     stats = new_stats(frame, 4) if do is not None and frame.N % PADDING.value == 0 else None
     tile = select("jvp", frame)
     lse, tau = frame.rows(lse), frame.new_rows()
     to = frame.new("to", "q", (*frame.lead, frame.N, frame.E))
     tensors, strides, call, static = frame.describe(NAMES, tile)
     programs = -(-frame.N // tile.rows) * frame.heads
-    launch(jvp_kernel, programs, frame, (*tensors, lse, tau, stats, strides, call), static, tile)
+    of_rows, of_keys = factors(frame, "rows"), factors(frame, "keys")
+    launch(jvp_kernel, programs, frame, (*tensors, lse, tau, stats, of_rows, of_keys, strides, call), static, tile)
     return to, tau, stats

@@ -10,7 +10,8 @@ from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
-from theria.ops.triton.softmax import pivot, probabilities, product, scaled_scores, score_product
+from theria.ops.triton.products import product, score_product
+from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store
 from theria.ops.triton.tiles import select
 
@@ -74,7 +75,7 @@ def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common,
     tk2 = load(at(tk2_at, strides.tk2, lead, S.VEC), col, call.M, strides.tk2, S.BLOCK_N, "D", S.EVEN_M, S)
     ttk = load(at(ttk_at, strides.ttk, lead, S.VEC), col, call.M, strides.ttk, S.BLOCK_N, "D", S.EVEN_M, S)
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
-    p = probabilities(x, pivots[:, None], q.dtype)
+    p = probabilities(x, pivots[:, None], S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     u1 = _centred(tq1, k, q, tk1, tau1, call, S)
     u2 = _centred(tq2, k, q, tk2, tau2, call, S)
@@ -100,7 +101,7 @@ def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, 
     tq1_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
     tq2_tile = load(at(tq2, strides.tq2, lead, S.VEC), row, call.N, strides.tq2, S.BLOCK_M, "D", S.EVEN_N, S)
     ttq_tile = load(at(ttq, strides.ttq, lead, S.VEC), row, call.N, strides.ttq, S.BLOCK_M, "D", S.EVEN_N, S)
-    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), q_tile.dtype)
+    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), S)
     tau1_row = load_row(at_row(tau1, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
     tau2_row = load_row(at_row(tau2, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
     keys = (k, tk, tk2, ttk)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from theria.ops.triton import dropout, tensors
-from theria.ops.triton.softmax import LOG2E, product
+from theria.ops.triton import tensors
+from theria.ops.triton.products import operand, product_with_transposed
+from theria.ops.triton.softmax import LOG2E
 from theria.ops.triton.tensors import at, at_row, constexpr
 
 
@@ -33,27 +34,6 @@ def coordinates(head, call, FLAT: constexpr):
         return zero, zero, zero, head.to(tl.int64)
     else:
         return tensors.coordinates(head, call)
-
-
-@triton.jit
-def transposed(x):
-    """Each head's matrix transposed."""
-    if len(x.shape) == 2:
-        return tl.trans(x)
-    else:
-        return tl.permute(x, (0, 2, 1))
-
-
-@triton.jit
-def product_with_transposed(a, b, acc, S: constexpr):
-    """acc + a bᵀ; ``acc`` where an operand is absent."""
-    if a is None or b is None:
-        if acc is None:
-            return
-        else:
-            return acc
-    else:
-        return product(a, transposed(b), acc, S)
 
 
 @triton.jit
@@ -94,6 +74,15 @@ def load(
             return tl.load(addresses)
         else:
             return tl.load(addresses, mask=_inside(start, count, BLOCK, SIZE, BLOCK_W), other=0.0)
+
+
+@triton.jit
+def load_operand(
+    base, start, count, strides, BLOCK: constexpr, WIDTH: constexpr, EVEN: constexpr, PACK: constexpr,
+    S: constexpr,
+):  # fmt: skip
+    """The same as an operand of products."""
+    return operand(load(base, start, count, strides, BLOCK, WIDTH, EVEN, PACK, S), S)
 
 
 @triton.jit
@@ -163,7 +152,7 @@ def row_sum(x):
 @triton.jit
 def scaled_scores(q, k, mask, strides, lead, row, call, PACK: constexpr, S: constexpr):
     """Sᵀ (1) in the unit of ``softmax.pivot``, masked: (keys, rows) or (heads, keys, rows), all keys of a head."""
-    UNIT: constexpr = 1.0 if q.dtype == tl.float32 else LOG2E
+    UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0
     x = product_with_transposed(k, q, None, S) * (call.scale * UNIT)
     rows, cols = _each_row(row, PACK, S), _each_key(PACK, S)
     if mask is not None:
@@ -183,18 +172,20 @@ def scaled_scores(q, k, mask, strides, lead, row, call, PACK: constexpr, S: cons
 
 @triton.jit
 def keep_factor(seed, head, row, call, PACK: constexpr, S: constexpr):
-    """Rᵀ (3) of the rows from ``row`` against all keys; None without dropout (as ``dropout.keep_factor``)."""
+    """Rᵀ (3) of the rows from ``row`` against all keys; None without dropout (as ``dropout.keep_factor``).
+
+    Every entry computes its group of four words and takes its own. Where the words of a group are joined instead, Triton
+    3.6 makes a wrong program of 16 keys with a mask: the tile of scores reaches the matrix unit in a wrong order.
+    """
     if seed is None:
         return
-    elif PACK == 1:
-        return dropout.keep_factor(seed, head, row, 0, call, S.BLOCK_M, S.BLOCK_N, True)
     else:
-        position = tl.cast(head, tl.int64) % call.heads
-        zero = tl.zeros((PACK, S.BLOCK_M, S.BLOCK_N // 4), tl.uint32)
-        group = zero + _cols(S.BLOCK_N // 4).to(tl.uint32)
-        rows = zero + _rows(row, S.BLOCK_M).to(tl.uint32)
-        low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
-        high = zero + (position >> 32).to(tl.uint32)
+        rows, cols = _each_row(row, PACK, S), _each_key(PACK, S)
+        zero = rows * 0 + cols * 0 + head * 0
+        position = tl.cast(head, tl.int64) % call.heads + zero
+        group, rows = (cols // 4 + zero).to(tl.uint32), (rows + zero).to(tl.uint32)
+        low, high = (position & 0xFFFFFFFF).to(tl.uint32), (position >> 32).to(tl.uint32)
         w0, w1, w2, w3 = tl.philox(seed, group, rows, low, high)
-        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (PACK, S.BLOCK_M, S.BLOCK_N))
-        return tl.permute(tl.where(words.to(tl.int64) >= call.threshold, call.keep_scale, 0.0), (0, 2, 1))
+        i = cols % 4 + zero
+        words = tl.where(i == 0, w0, tl.where(i == 1, w1, tl.where(i == 2, w2, w3)))
+        return tl.where(words.to(tl.int64) >= call.threshold, call.keep_scale, 0.0)

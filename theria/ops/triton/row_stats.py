@@ -81,7 +81,7 @@ def row_stats_kernel(o, do, tdo, to, lse, tau, stats, strides, call, S: constexp
     row = (tl.program_id(0) % blocks) * S.BLOCK_M
     lead = coordinates(head, call)
     pivots = load_row(at_row(lse, head, call), row, call.N, float("inf"), S.BLOCK_M, False)
-    pivots = pivot(pivots, o.dtype.element_ty)
+    pivots = pivot(pivots, S)
     o = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", False, S)
     do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", False, S)
     to = load(at(to, strides.to, lead, S.VEC), row, call.N, strides.to, S.BLOCK_M, "E", False, S)

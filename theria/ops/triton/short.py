@@ -15,6 +15,7 @@ from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
 from theria.ops.triton.launch import Frame, launch
+from theria.ops.triton.parts import static_for
 from theria.ops.triton.short_kernels import second_short_kernel, vjp_short_kernel
 from theria.ops.triton.tiles import Tile, kind, power_of_two, select
 
@@ -66,6 +67,7 @@ def _launch(kernel: Any, name: str, frame: Frame, names: tuple[str, ...], rows: 
     pack = heads_of(tile, frame, grouped)
     tile = tile._replace(rows=min(tile.rows, power_of_two(frame.N)), keys=power_of_two(frame.M))
     tensors, strides, call, static = frame.describe(names, tile, grouped)
+    static = static_for(frame, static)
     flat = (1, 1, frame.heads) == (call.L1, call.L2, call.L3)
     one = tile.rows >= frame.N and not grouped
     programs = frame.heads // frame.lead[-1] if grouped else -(-frame.heads // pack)

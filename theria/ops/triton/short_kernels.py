@@ -12,25 +12,24 @@ from theria.ops.triton.packed import (
     coordinates,
     heads_from,
     keep_factor,
-    load,
+    load_operand,
     load_row,
-    product_with_transposed,
     row_sum,
     scaled_scores,
     store,
     store_row,
-    transposed,
 )
-from theria.ops.triton.softmax import pivot, probabilities, product
+from theria.ops.triton.products import product, product_with_transposed, rounded, transposed, weighted_sum
+from theria.ops.triton.softmax import pivot, probabilities
 from theria.ops.triton.tensors import at, constexpr, device
 
 
 @triton.jit
 def _weights(q, k, lse, mask, strides, lead, head, row, call, PACK: constexpr, S: constexpr):
     """Pᵀ (2) of a block of rows; exactly 0 in rows that do not exist."""
-    pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), q.dtype)
+    pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), S)
     x = scaled_scores(q, k, mask, strides, lead, row, call, PACK, S)
-    return probabilities(x, pivots, q.dtype)
+    return probabilities(x, pivots, S)
 
 
 @triton.jit
@@ -39,7 +38,7 @@ def _add(acc, a, b, S: constexpr):
     if a is None or b is None:
         return acc
     else:
-        return product(a.to(b.dtype), b, acc, S)
+        return weighted_sum(a, b, acc, S)
 
 
 @triton.jit
@@ -47,12 +46,15 @@ def _add_transposed(acc, a, b, S: constexpr):
     """acc + aᵀ b, ``a`` rounded to the dtype of ``b``; ``acc`` where either is absent.
 
     Held transposed where b has at least 64 columns (:func:`_store_rows`): Hopper's wgmma wants 64 on the left.
+    Not with S.SPLIT, whose parts are of rows on the left.
     """
     if a is None or b is None:
         if acc is None:
             return
         else:
             return acc
+    elif S.SPLIT:
+        return weighted_sum(transposed(a), b, acc, S)
     elif b.shape[len(b.shape) - 1] >= 64:
         return product(transposed(b), a.to(b.dtype), acc, S)
     else:
@@ -65,7 +67,7 @@ def _store_rows(pointer, x, strides, lead, row, call, WIDTH: constexpr, PACK: co
     BLOCK_W: constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
     if x is None:
         x = _zeros(S.BLOCK_M, BLOCK_W, PACK)
-    elif BLOCK_W >= 64:
+    elif BLOCK_W >= 64 and not S.SPLIT:
         x = transposed(x)
     store(at(pointer, strides, lead, S.VEC), x, row, call.N, strides, S.BLOCK_M, WIDTH, S.EVEN_N, PACK, S)
 
@@ -91,15 +93,15 @@ def _vjp_block(acc_k, acc_v, k, v, q, do, dq, dk, dv, lse, mask, seed, strides, 
                PACK: constexpr, FLAT: constexpr, S: constexpr):  # fmt: skip
     """(5)-(8) of one block of rows: writes dQ, adds to dK (without scale) and dV."""
     lead = coordinates(head, call, FLAT)
-    q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
-    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
+    q = load_operand(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
+    do = load_operand(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
     p = _weights(q, k, lse, mask, strides, lead, head, row, call, PACK, S)
     keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
     if dv is not None:
         acc_v = _add(acc_v, drop(p, keep), do, S)
     if dq is not None or dk is not None:
         dp = drop(product_with_transposed(v, do, None, S), keep)
-        ds = (p * (dp - row_sum(p * dp))).to(k.dtype)
+        ds = rounded(p * (dp - row_sum(p * dp)), k, S)
         if dq is not None:
             x = _add_transposed(None, ds, k, S) * call.scale
             _store_rows(dq, x, strides.dq, lead, row, call, "D", PACK, S)
@@ -113,10 +115,10 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
                   call, PACK: constexpr, FLAT: constexpr, S: constexpr):  # fmt: skip
     """(10)-(18) of one block of rows: writes tO, tau and tdQ, adds to tdK (without scale) and tdV."""
     lead = coordinates(head, call, FLAT)
-    q = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
-    tq = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
-    do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
-    tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
+    q = load_operand(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
+    tq = load_operand(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
+    do = load_operand(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
+    tdo = load_operand(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, PACK, S)
     p = _weights(q, k, lse, mask, strides, lead, head, row, call, PACK, S)
     keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
     total = row_sum(_zeros(16, S.BLOCK_M, PACK))
@@ -139,14 +141,14 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
             dp = drop(product_with_transposed(v, do, None, S), keep)
             dp -= row_sum(p * dp)
             y = tp * dp
-            ds = (p * dp).to(k.dtype)
+            ds = rounded(p * dp, k, S)
             if dk is not None:
                 acc_k = _add(acc_k, ds, tq, S)
         tdp = product_with_transposed(tv, do, product_with_transposed(v, tdo, None, S), S)
         if tdp is not None:
             y = p * drop(tdp, keep) if y is None else y + p * drop(tdp, keep)
         if y is not None:
-            y = (y - p * row_sum(y)).to(k.dtype)  # (16): rowsum(tP) = 0 makes rowsum(y) tdelta
+            y = rounded(y - p * row_sum(y), k, S)  # (16): rowsum(tP) = 0 makes rowsum(y) tdelta
         if dq is not None:
             tdq = _add_transposed(_add_transposed(None, ds, tk, S), y, k, S)
             if tdq is not None:
@@ -174,8 +176,8 @@ def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, to
     """All of (5)-(8) for the heads of one program."""
     first, blocks, count = _program(total, call, PACK, S)
     lead = coordinates(first, call, FLAT)
-    k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+    k_tile = load_operand(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    v_tile = load_operand(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
     acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
     if ONE:
         acc_k, acc_v = _vjp_block(acc_k, acc_v, k_tile, v_tile, q, do, dq, dk, dv, lse, mask, seed, strides,
@@ -197,10 +199,10 @@ def second_short_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, to, dq, dk, dv
     """All of (10)-(18) for the heads of one program."""
     first, blocks, count = _program(total, call, PACK, S)
     lead = coordinates(first, call, FLAT)
-    k_tile = load(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    v_tile = load(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
-    tk_tile = load(at(tk, strides.tk, lead, S.VEC), 0, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    tv_tile = load(at(tv, strides.tv, lead, S.VEC), 0, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+    k_tile = load_operand(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    v_tile = load_operand(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+    tk_tile = load_operand(at(tk, strides.tk, lead, S.VEC), 0, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    tv_tile = load_operand(at(tv, strides.tv, lead, S.VEC), 0, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
     acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
     if ONE:
         acc_k, acc_v = _second_block(acc_k, acc_v, k_tile, v_tile, tk_tile, tv_tile, q, do, tq, tdo, to, dq, dk, dv,

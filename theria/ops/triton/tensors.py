@@ -79,10 +79,11 @@ class Static:
         CAUSAL: row n sees the keys up to n.
         EVEN_N, EVEN_M: the tiles divide the rows, the keys.
         VEC: elements in 16 bytes when every address of the call divides by 16 bytes, else 1.
-        PRECISION: what ``tl.dot`` does with float32 operands.
+        PRECISION: what ``tl.dot`` does with float32 operands; "ieee" if they are of half precision.
         ROW_D, ROW_E: the stride that all rows of width D, of width E have in common; 0 where there is none. As a
             constant it saves some thirty registers a thread.
         HELD: left operands that a loop does not change stay in registers.
+        SPLIT: float32 operands are pairs of fp16 parts (:mod:`theria.ops.triton.products`).
         GROUPED: sum the cotangents of keys and values over the last leading dimension (grouped queries).
     """
 
@@ -100,6 +101,7 @@ class Static:
     ROW_D: int = 0
     ROW_E: int = 0
     HELD: bool = False
+    SPLIT: bool = False
     GROUPED: bool = False
 
     def __post_init__(self) -> None:

@@ -83,6 +83,7 @@ LEAST, LARGEST = 16, 256  # sides of a tile
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}  # one of each kind
 VARIANT = "_all"
+CROWDED = 128  # width from which a mask or dropout leave too little room for the tile of a plain call
 SHORT = "short"
 ROWS_ONLY = ("row_stats",)  # kernels without scores
 
@@ -160,11 +161,22 @@ def key_of(kernel: str, frame: Any) -> Key:
     return Key(name, width, kind(frame.dtype), causal, architecture(frame.device), keys)
 
 
+def with_room(tile: Tile, key: Key) -> Tile:
+    """The tile of a call with a mask or dropout, which take registers and pass through shared memory."""
+    if key.width < CROWDED or is_short(key.kernel):
+        return tile
+    if "dkv" in key.kernel:
+        return tile._replace(rows=max(tile.rows // 2, LEAST))
+    return tile._replace(keys=max(tile.keys // 2, LEAST))
+
+
 def select(kernel: str, frame: Any) -> Tile:
     """The tile of a kernel for a call (:class:`theria.ops.triton.launch.Frame`)."""
     if kernel in _overrides:
         return _overrides[kernel]
-    return choose(key_of(kernel, frame), power_of_two(frame.N), power_of_two(frame.M))
+    key = key_of(kernel, frame)
+    tile = choose(key, power_of_two(frame.N), power_of_two(frame.M))
+    return with_room(tile, key) if "mask" in frame.tensors or "seed" in frame.tensors else tile
 
 
 def overridden() -> bool:

@@ -15,39 +15,43 @@ from theria.ops.triton.cotangents import cotangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.masks import key_range, own_rows, row_range
+from theria.ops.triton.parts import load_factors, with_parts
+from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
-from theria.ops.triton.softmax import left_operand, probabilities, product, scaled_scores, score_product
-from theria.ops.triton.tensors import at, constexpr, coordinates, device, load, store
+from theria.ops.triton.softmax import probabilities, scaled_scores
+from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
 
 @triton.jit
 def _dq_step(acc, rows, keys, common, row, col, edge, S: constexpr):
     """One tile of keys: adds dS K."""
     q, do, pivots, delta = rows
-    k_at, v_at = keys
+    k, v, key_factors = keys
     mask, seed, strides, head, lead, call = common
-    k = load(k_at, col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
-    v = load(v_at, col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
+    of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
+    k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+    v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
     dp = score_product(do, v, None, False, S)
-    p = probabilities(x, pivots[:, None], q.dtype)
+    p = probabilities(x, pivots[:, None], S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     ds = p * (drop(dp, keep) - delta[:, None])
-    return product(ds.to(k.dtype), k, acc, S)
+    return weighted_sum(ds, k, acc, S)
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, strides, call, S: constexpr):
+def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, row_factors, key_factors, strides, call, S: constexpr):
     """dQ (8) of one block of rows."""
     head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
-    q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
-    do_tile = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
+    of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
+    q_tile = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
+    do_tile = load_operand(do, strides.do, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 2, S)
     pivots, delta = load_stats(stats, head, row, call, S.BLOCK_M, False)
     rows = (left_operand(q_tile, S), left_operand(do_tile, S), pivots, delta)
-    keys = (at(k, strides.k, lead, S.VEC), at(v, strides.v, lead, S.VEC))
+    keys = (k, v, key_factors)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
     plain, end = key_range(row, call, S)
@@ -56,38 +60,37 @@ def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, strides, call, S: constexp
     store(at(dq, strides.dq, lead, S.VEC), acc * call.scale, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, S)
 
 
-@triton.jit
+@device
 def _dkv_step(
     acc_k, acc_v, keys, rows, common, row, col,
     edge, DK: constexpr, DV: constexpr, S: constexpr,
 ):  # fmt: skip
     """One tile of rows: adds dSᵀQ and P̃ᵀdO. Tiles of scores are (keys, rows)."""
     k, v = keys
-    q_at, do_at, stats = rows
+    q, do, stats, row_factors = rows
     mask, seed, strides, head, lead, call = common
-    q = load(q_at, row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
-    do = load(do_at, row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
+    of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
+    q = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
+    do = load_operand(do, strides.do, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 2, S)
     pivots, delta = load_stats(stats, head, row, call, S.BLOCK_M, False)
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, True, S)
-    p = probabilities(x, pivots[None, :], q.dtype)
+    p = probabilities(x, pivots[None, :], S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, True)
     if DV:
-        acc_v = product(drop(p, keep).to(do.dtype), do, acc_v, S)
+        acc_v = weighted_sum(drop(p, keep), do, acc_v, S)
     if DK:
         ds = p * (drop(score_product(do, v, None, True, S), keep) - delta[None, :])
-        acc_k = product(ds.to(q.dtype), q, acc_k, S)
+        acc_k = weighted_sum(ds, q, acc_k, S)
     return acc_k, acc_v
 
 
 @device
 def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: constexpr, DV: constexpr, S: constexpr):
     """What the rows of one query head add to a block of keys."""
-    q, do, stats = rows
     mask, seed, strides, head, lead, call = common
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
     common = (mask, seed, strides, head, lead, call)
-    rows = (at(q, strides.q, lead, S.VEC), at(do, strides.do, lead, S.VEC), stats)
     start, plain = row_range(col, call, S)
     for row in range(start, call.N, S.BLOCK_M):
         acc_k, acc_v = _dkv_step(acc_k, acc_v, keys, rows, common, row, col, row < plain, DK, DV, S)
@@ -95,7 +98,7 @@ def _dkv_head(acc_k, acc_v, keys, rows, common, col, DK: constexpr, DV: constexp
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def vjp_dkv_kernel(q, k, v, mask, seed, do, dk, dv, stats, strides, call, S: constexpr):
+def vjp_dkv_kernel(q, k, v, mask, seed, do, dk, dv, stats, row_factors, key_factors, strides, call, S: constexpr):
     """dK (8) and dV (7) of one block of keys; with S.GROUPED summed over the query heads of a key head."""
     DK: constexpr = dk is not None
     DV: constexpr = dv is not None
@@ -105,10 +108,11 @@ def vjp_dkv_kernel(q, k, v, mask, seed, do, dk, dv, stats, strides, call, S: con
     if S.GROUPED:
         first *= call.L3
     lead = coordinates(first, call)
-    k_tile = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
-    v_tile = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
+    of_keys = load_factors(key_factors, first, col, call.M, S.BLOCK_N)
+    k_tile = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+    v_tile = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
     keys = (left_operand(k_tile, S), left_operand(v_tile, S))
-    rows = (q, do, stats)
+    rows = (q, do, stats, row_factors)
     acc_k = tl.zeros((S.BLOCK_N, S.BLOCK_D if DK else 1), tl.float32)
     acc_v = tl.zeros((S.BLOCK_N, S.BLOCK_E if DV else 1), tl.float32)
     if S.GROUPED:
@@ -133,4 +137,4 @@ def vjp(
     """dq, dk, dv, None; see :func:`theria.ops.reference.vjp`."""
     frame = Frame(ops, spec, o=o, do=do)
     stats = row_stats(frame, lse)
-    return cotangents("vjp", (vjp_dq_kernel, vjp_dkv_kernel), READS, frame, stats, shapes)
+    return cotangents("vjp", (vjp_dq_kernel, vjp_dkv_kernel), READS, with_parts(frame, READS), stats, shapes)
