@@ -108,25 +108,13 @@ def least_squares_cleaning(seed: int = 0, dtype: torch.dtype = torch.float64, de
 
 @dataclass(frozen=True)
 class _Cleaning:
-    """Softmax regression W (p, k) on A (n, p) with targets Y (n, k) and weights s(x), judged on B (m, p), Z (m, k)."""
+    """The exact answers of `hyper_cleaning`: A (n, p), Y (n, k), B (m, p), Z (m, k) in float64, W (p, k)."""
 
     A: Tensor
     Y: Tensor
     B: Tensor
     Z: Tensor
     penalty: float
-
-    def inner_loss(self, W: Tensor, x: Tensor) -> Tensor:
-        return (x.sigmoid() * _cross_entropies(self.A @ W, self.Y)).mean() + self.penalty * W.square().sum()
-
-    def outer_loss(self, W: Tensor, x: Tensor) -> Tensor:
-        return _cross_entropies(self.B @ W, self.Z).mean()
-
-    def inner_sample(self, W: Tensor, x: Tensor, i: Tensor) -> Tensor:
-        return _Cleaning(self.A[i], self.Y[i], self.B, self.Z, self.penalty).inner_loss(W, x[i])
-
-    def outer_sample(self, W: Tensor, x: Tensor, j: Tensor) -> Tensor:
-        return _cross_entropies(self.B[j] @ W, self.Z[j]).mean()
 
     def hessian(self, W: Tensor, s: Tensor) -> Tensor:
         """(pk, pk): mean of s_i a_i a_i' (x) (diag(q_i) - q_i q_i'), plus 2c I, with q the probabilities."""
@@ -170,17 +158,21 @@ def hyper_cleaning(seed: int = 0, dtype: torch.dtype = torch.float64, device: De
     n, m, p, k, c, source = 30, 24, 5, 3, 0.2, generator(seed)
     drawn = [*_classes(source, n, p, k, 0.3), *_classes(source, m, p, k, 0.0), normal(source, n)]
     (A, Y, B, Z, outer0), (A64, Y64, B64, Z64, x64) = rounded(drawn, dtype, device)
-    losses, truth = _Cleaning(A, Y, B, Z, c), _Cleaning(A64, Y64, B64, Z64, c)
+    truth = _Cleaning(A64, Y64, B64, Z64, c)
+
+    def inner_sample(W: Tensor, x: Tensor, i: Tensor) -> Tensor:
+        return (x[i].sigmoid() * _cross_entropies(A[i] @ W, Y[i])).mean() + c * W.square().sum()
+
     weighted = (truth.A.T * x64.sigmoid()) @ truth.A / n
     return Problem(
         name="hyper_cleaning",
-        inner_loss=losses.inner_loss,
-        outer_loss=losses.outer_loss,
+        inner_loss=lambda W, x: (x.sigmoid() * _cross_entropies(A @ W, Y)).mean() + c * W.square().sum(),
+        outer_loss=lambda W, x: _cross_entropies(B @ W, Z).mean(),
         inner0=torch.zeros(p, k).to(outer0),
         outer0=outer0,
         inner_solution=in_float64(truth.solution),
         hypergradient=in_float64(truth.hypergradient),
         least=2 * c,
         largest=float(torch.linalg.eigvalsh(weighted)[-1]) / 2 + 2 * c,  # diag(q) - qq' <= 1/2, at every W
-        samples=Samples(losses.inner_sample, losses.outer_sample, n, m),
+        samples=Samples(inner_sample, lambda W, x, j: _cross_entropies(B[j] @ W, Z[j]).mean(), n, m),
     )
