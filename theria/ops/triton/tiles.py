@@ -83,7 +83,8 @@ LEAST, LARGEST = 16, 256  # sides of a tile
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}  # one of each kind
 VARIANT = "_all"
-CROWDED = 128  # width from which a mask or dropout leave too little room for the tile of a plain call
+# width, or keys of a short kernel, from which a mask or dropout leave too little room for the tile of a plain call
+CROWDED = 128
 SHORT = "short"
 ROWS_ONLY = ("row_stats",)  # kernels without scores
 
@@ -163,9 +164,9 @@ def key_of(kernel: str, frame: Any) -> Key:
 
 def with_room(tile: Tile, key: Key) -> Tile:
     """The tile of a call with a mask or dropout, which take registers and pass through shared memory."""
-    if key.width < CROWDED or is_short(key.kernel):
+    if max(key.width, key.keys) < CROWDED:
         return tile
-    if "dkv" in key.kernel:
+    if "dkv" in key.kernel or is_short(key.kernel):
         return tile._replace(rows=max(tile.rows // 2, LEAST))
     return tile._replace(keys=max(tile.keys // 2, LEAST))
 
