@@ -175,7 +175,7 @@ def keep_factor(seed, head, row, call, PACK: constexpr, S: constexpr):
     """Rᵀ (3) of the rows from ``row`` against all keys; None without dropout (as ``dropout.keep_factor``).
 
     Every entry computes its group of four words and takes its own. Where the words of a group are joined instead,
-    Triton 3.6 makes a wrong program of 16 keys with a mask: the tile of scores reaches the matrix unit in a wrong order.
+    Triton 3.6 makes a wrong program of 16 keys with a mask: the tile of scores reaches the matrix unit out of order.
     """
     if seed is None:
         return
