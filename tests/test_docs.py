@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from experiments import build, store
+from tests.printed import run, same_output
 from theria import cli
 from theria.testing import standard_samples
 
@@ -37,6 +38,8 @@ DOCUMENTS = sorted(
 )
 # Their ```python blocks are signatures that the parts agree on, not programs.
 SIGNATURES = ("docs/design/architecture.md",)
+# Their ```python blocks are one program, from the first to the last.
+TUTORIALS = ("docs/tutorial.md",)
 
 Check = Callable[[Path], None]
 
@@ -192,6 +195,7 @@ HOW: dict[str, Check] = {
     "python scripts/smoke_sdpa.py": runs("scripts/smoke_sdpa.py"),
     "theria check": theria_command("check"),
     "theria info": theria_command("info"),
+    "python scripts/api_pages.py": runs("scripts/api_pages.py", "--check"),
     **{
         command: as_it_stands(command)
         for command in (
@@ -225,11 +229,18 @@ def commands(document: str) -> list[str]:
     return [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
 
 
+def programs(document: str) -> list[tuple[str, str | None]]:
+    """Each block of Python, and what it prints: the ```text block right after it, if there is one."""
+    pattern = r"^```python\n(.*?)^```$(?:\n+^```text\n(.*?)^```$)?"
+    found = re.finditer(pattern, (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+    return [(match[1], match[2]) for match in found]
+
+
 COMMANDS = sorted({command for document in DOCUMENTS for command in commands(document)})
 PROGRAMS = [
     (document, number)
     for document in DOCUMENTS
-    if document not in SIGNATURES
+    if document not in (*SIGNATURES, *TUTORIALS)
     for number in range(len(blocks(document, "python")))
 ]
 
@@ -252,9 +263,21 @@ def test_no_line_of_the_table_is_left_over() -> None:
 
 @pytest.mark.parametrize(("document", "number"), PROGRAMS)
 def test_program(document: str, number: int) -> None:
-    source = blocks(document, "python")[number]
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(source, f"{document}, block {number}", "exec"), {"__name__": "__main__"})
+    source, expected = programs(document)[number]
+    printed = run(source, f"{document}, block {number}", {"__name__": "__main__"})
+    assert expected is None or same_output(printed, expected), printed
+
+
+@pytest.mark.parametrize("document", TUTORIALS)
+def test_tutorial(document: str) -> None:
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    dtype = torch.get_default_dtype()
+    try:
+        for number, (source, expected) in enumerate(programs(document)):
+            printed = run(source, f"{document}, block {number}", namespace)
+            assert same_output(printed, expected or ""), f"block {number} prints\n{printed}"
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def test_every_fence_names_a_language_that_is_checked_or_none() -> None:
