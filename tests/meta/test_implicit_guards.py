@@ -8,9 +8,9 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from theria.meta import SGD
 from theria.meta.implicit import argmin, custom_fixed_point, fixed_point, linear_solve, root
-from theria.meta.implicit.frozen import each_task, freeze
+from theria.meta.implicit.frozen import each_task
 from theria.meta.implicit_adjoint import Identity, Implicit
-from theria.meta.replay import carries_derivative
+from theria.meta.levels import carries_derivative, freeze
 
 N = 3
 

@@ -19,9 +19,10 @@ from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.constant import plain_gradient
 from theria.meta.implicit.equation import Request, judge, resolved
-from theria.meta.implicit.frozen import check_function, differentiating, freeze
+from theria.meta.implicit.frozen import check_function, differentiating
 from theria.meta.implicit.linear_solve import ScaledIdentity, attach
 from theria.meta.implicit.rules import Stationary, Theta
+from theria.meta.levels import freeze
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 from theria.meta.solvers import CG, LinearSolver, Result
 from theria.meta.solvers.loop import MAX_ITERATIONS

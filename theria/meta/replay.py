@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from theria.meta.constant import constant
+from theria.meta.levels import carries_derivative, first_task, freeze, mapped
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 
 
@@ -97,7 +96,7 @@ def probe(
     tensors = [leaf for leaf in pytree.tree_leaves((params, context, hyper)) if isinstance(leaf, Tensor)]
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return Replay(tensors, random=False)  # nothing is differentiated, so nothing runs twice or can be lost
-    params, context, hyper = constant((params, context, hyper))
+    params, context, hyper = pytree.tree_map_only(Tensor, first_task, freeze((params, context, hyper)))
     states = RandomStates(tensors)
     with torch.random.fork_rng(states.devices):
         before = states.current()
@@ -105,6 +104,8 @@ def probe(
         random = not all(torch.equal(a, b) for a, b in zip(before, states.current(), strict=True))
     if carries_derivative(loss):
         raise ValueError(_LOST.format(adjoint=adjoint, what="the inner loss"))
+    if mapped(loss):  # a backward under another vmap would take it for that one's
+        raise ValueError(_MAPPED.format(adjoint=adjoint))
     moved = optimiser.update(params, optimiser.init(params), params, hyper)  # of any gradient, such as the parameters
     if any(carries_derivative(leaf) for leaf in pytree.tree_leaves(moved)):
         raise ValueError(_LOST.format(adjoint=adjoint, what="an update of the inner optimiser"))
@@ -118,6 +119,12 @@ _LOST = (
 )
 
 
+_MAPPED = (
+    "{adjoint}: the inner loss reads a closed-over tensor that torch.func.vmap maps over, which PyTorch cannot bring "
+    "into an autograd.Function. Pass it through context, or use adjoint=Unrolled()"
+)
+
+
 @contextmanager
 def closed_over_vmap(adjoint: object) -> Iterator[None]:
     """Say what it means that functorch gives up inside: a tensor that is mapped over and is not an argument."""
@@ -125,24 +132,5 @@ def closed_over_vmap(adjoint: object) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "INTERNAL ASSERT" in str(error) and "functorch" in str(error):
-            raise ValueError(
-                f"{adjoint}: the inner loss reads a closed-over tensor that torch.func.vmap maps over, which PyTorch "
-                f"cannot bring into an autograd.Function. Pass it through context, or use adjoint=Unrolled()"
-            ) from error
+            raise ValueError(_MAPPED.format(adjoint=adjoint)) from error
         raise
-
-
-def carries_derivative(tensor: Tensor) -> bool:
-    """Whether a tensor has a gradient to compute or a tangent, at any level of torch.func."""
-    while True:
-        if tensor.requires_grad or _has_tangent(tensor):
-            return True
-        if not _functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = _functorch.get_unwrapped(tensor)
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    if _functorch.is_batchedtensor(tensor):
-        return False  # a level of vmap has none of its own; what it wraps is looked at next
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

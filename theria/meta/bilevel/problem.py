@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from theria.curvature.second_order import second_order
 from theria.meta.bilevel.trees import Tree, detached
 from theria.meta.constant import constant
-from theria.meta.replay import carries_derivative
+from theria.meta.levels import carries_derivative
 
 BilevelLoss = Callable[..., Tensor]
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from theria.meta.implicit.frozen import Tree, check_function, each_task, freeze
+from theria.meta.implicit.frozen import Tree, check_function, each_task
 from theria.meta.implicit.linear_solve import attach
 from theria.meta.implicit.rules import Equation, Theta
+from theria.meta.levels import freeze
 from theria.meta.solvers import LinearSolver, Result, Solution, SolverError
 from theria.meta.solvers.loop import norm
 from theria.meta.solvers.system import Space, conclude

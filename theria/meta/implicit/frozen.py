@@ -16,26 +16,10 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from theria.meta.replay import RandomStates, carries_derivative
+from theria.meta.levels import carries_derivative, first_task, freeze, mapped, tasks_first
+from theria.meta.replay import RandomStates
 
 Tree = Any  # a pytree
-
-
-def freeze(tree: Tree) -> Tree:
-    """The pytree with every tensor a constant; no memory is copied."""
-    return pytree.tree_map_only(Tensor, _freeze, tree)
-
-
-def _freeze(x: Tensor) -> Tensor:
-    if _functorch.is_batchedtensor(x):
-        level, dim = _functorch.maybe_get_level(x), _functorch.maybe_get_bdim(x)
-        return _functorch._add_batch_dim(_freeze(_functorch.get_unwrapped(x)), dim, level)
-    if _functorch.is_functorch_wrapped_tensor(x):
-        return _freeze(_functorch.get_unwrapped(x))
-    with temporarily_clear_interpreter_stack():  # else the innermost level would wrap what leaves here
-        if forward_ad._current_level >= 0:
-            x = forward_ad.unpack_dual(x).primal
-        return x.detach()
 
 
 def differentiating() -> bool:
@@ -57,7 +41,7 @@ def check_function(function: Callable[..., Tree], arguments: Sequence[Tree], wha
             (PyTorch tells levels apart by their number alone). For one that draws random numbers: its derivative would
             be that of another function than the one that was solved.
     """
-    constants = pytree.tree_map_only(Tensor, _first_task, freeze(arguments))
+    constants = pytree.tree_map_only(Tensor, first_task, freeze(arguments))
     value = _repeatable(function, constants, what)
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     if any(carries_derivative(leaf) for leaf in leaves):
@@ -66,7 +50,7 @@ def check_function(function: Callable[..., Tree], arguments: Sequence[Tree], wha
             f"among its arguments: a closed-over variable, or a parameter of a module. Its derivative would be lost. "
             f"Pass it as an argument (for a module: torch.func.functional_call with its parameters), or detach it"
         )
-    if any(_mapped(leaf) for leaf in leaves) and any(
+    if any(mapped(leaf) for leaf in leaves) and any(
         carries_derivative(leaf) for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)
     ):
         raise ValueError(
@@ -90,21 +74,6 @@ def _repeatable(function: Callable[..., Tree], arguments: Sequence[Any], what: s
     return value
 
 
-def _first_task(x: Tensor) -> Tensor:
-    """A constant without its levels of vmap."""
-    with temporarily_clear_interpreter_stack():
-        inner, levels = _tasks_first(x)
-        return inner[(0,) * len(levels)] if levels else inner
-
-
-def _mapped(x: Tensor) -> bool:
-    while _functorch.is_functorch_wrapped_tensor(x):
-        if _functorch.is_batchedtensor(x):
-            return True
-        x = _functorch.get_unwrapped(x)
-    return False
-
-
 def each_task(function: Callable[..., Tree], *arguments: Tree) -> Tree:
     """`function` on frozen pytrees, task after task under `vmap`: it sees plain tensors only, which have a memory.
 
@@ -112,7 +81,7 @@ def each_task(function: Callable[..., Tree], *arguments: Tree) -> Tree:
     """
     leaves, spec = pytree.tree_flatten(arguments)
     with temporarily_clear_interpreter_stack():
-        pairs = [_tasks_first(x) if isinstance(x, Tensor) else (x, ()) for x in leaves]
+        pairs = [tasks_first(x) if isinstance(x, Tensor) else (x, ()) for x in leaves]
         sizes = {level: x.shape[i] for x, levels in pairs for i, level in enumerate(levels)}
         levels = sorted(sizes)
         values = []
@@ -121,15 +90,6 @@ def each_task(function: Callable[..., Tree], *arguments: Tree) -> Tree:
             task = [x[tuple(at[level] for level in own)] if own else x for x, own in pairs]
             values.append(freeze(function(*pytree.tree_unflatten(task, spec))))
         return pytree.tree_map(lambda *xs: _batched(xs, sizes), *values)
-
-
-def _tasks_first(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The plain tensor behind x, the dimensions of its levels of vmap in front; those levels, outermost first."""
-    if not _functorch.is_batchedtensor(x):
-        return x, ()
-    inner, levels = _tasks_first(_functorch.get_unwrapped(x))
-    n = len(levels)
-    return inner.movedim(_functorch.maybe_get_bdim(x) + n, n), (*levels, _functorch.maybe_get_level(x))
 
 
 def _batched(tasks: Sequence[Tensor], sizes: dict[int, int]) -> Tensor:

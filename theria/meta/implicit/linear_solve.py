@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from theria.meta.implicit.forward_mode import below_the_tangent
-from theria.meta.implicit.frozen import Tree, check_function, differentiating, freeze
+from theria.meta.implicit.frozen import Tree, check_function, differentiating
 from theria.meta.implicit.operators import Args, Operator, Products
 from theria.meta.implicit.rules import Rule, Selected, System, Theta
-from theria.meta.replay import carries_derivative
+from theria.meta.levels import carries_derivative, freeze
 from theria.meta.solvers import GMRES, LinearSolver, Result, Solution
 from theria.meta.solvers.system import LinearMap
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from theria.meta.replay import carries_derivative
+from theria.meta.levels import carries_derivative
 from theria.meta.solvers.loop import (
     BREAKDOWN,
     CONVERGED,

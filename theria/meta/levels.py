@@ -1,0 +1,73 @@
+"""The levels of `torch.func` around a tensor: whether it is being differentiated or mapped over, and what is inside.
+
+PyTorch keeps a tensor that a transform works on in a wrapper with the number of its level. Here alone they are taken
+apart.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+Tree = Any  # a pytree
+
+
+def freeze(tree: Tree) -> Tree:
+    """The pytree with every tensor a constant; no memory is copied."""
+    return pytree.tree_map_only(Tensor, _freeze, tree)
+
+
+def _freeze(x: Tensor) -> Tensor:
+    if _functorch.is_batchedtensor(x):
+        level, dim = _functorch.maybe_get_level(x), _functorch.maybe_get_bdim(x)
+        return _functorch._add_batch_dim(_freeze(_functorch.get_unwrapped(x)), dim, level)
+    if _functorch.is_functorch_wrapped_tensor(x):
+        return _freeze(_functorch.get_unwrapped(x))
+    with temporarily_clear_interpreter_stack():  # else the innermost level would wrap what leaves here
+        if forward_ad._current_level >= 0:
+            x = forward_ad.unpack_dual(x).primal
+        return x.detach()
+
+
+def first_task(x: Tensor) -> Tensor:
+    """A constant without its levels of vmap."""
+    with temporarily_clear_interpreter_stack():
+        inner, levels = tasks_first(x)
+        return inner[(0,) * len(levels)] if levels else inner
+
+
+def mapped(x: Tensor) -> bool:
+    """Whether a level of vmap maps over it."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+def tasks_first(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The plain tensor behind x, the dimensions of its levels of vmap in front; those levels, outermost first."""
+    if not _functorch.is_batchedtensor(x):
+        return x, ()
+    inner, levels = tasks_first(_functorch.get_unwrapped(x))
+    n = len(levels)
+    return inner.movedim(_functorch.maybe_get_bdim(x) + n, n), (*levels, _functorch.maybe_get_level(x))
+
+
+def carries_derivative(tensor: Tensor) -> bool:
+    """Whether a tensor has a gradient to compute or a tangent, at any level of torch.func."""
+    while True:
+        if tensor.requires_grad or _has_tangent(tensor):
+            return True
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    if _functorch.is_batchedtensor(tensor):
+        return False  # a level of vmap has none of its own; what it wraps is looked at next
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
