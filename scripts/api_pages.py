@@ -28,18 +28,22 @@ WIDTH = 110  # of a signature, beyond which each argument gets a line
 
 @dataclass(frozen=True)
 class Page:
-    """What a page refers to: names of modules; `notes` are modules of which only the docstring is shown."""
+    """What a page refers to: names of modules; `notes` are modules of which only the docstring is shown.
 
-    names: dict[str, tuple[str, ...]]
+    A last `...` among the names stands for all others that the module exports.
+    """
+
+    names: dict[str, tuple[Any, ...]]
     notes: tuple[str, ...] = ()
 
     @property
     def objects(self) -> dict[str, Any]:
-        """The classes and functions, by name; an empty tuple stands for all that the module exports."""
+        """The classes and functions, by name."""
         found = {}
         for module, names in self.names.items():
             home = importlib.import_module(module)
-            for name in names or home.__all__:
+            given = [*names[:-1], *sorted(set(home.__all__) - set(names))] if names[-1] is ... else names
+            for name in given:
                 value = getattr(home, name)
                 if inspect.isclass(value) or inspect.isfunction(value):
                     found[name] = value
@@ -49,19 +53,25 @@ class Page:
 ADJOINTS = ("Adjoint", "Unrolled", "MixedMode", "FirstOrder", "Truncated", "Implicit", "Identity", "Higher")
 LEARNERS = ("Learner", "GradientLearner", "MAML", "FOMAML", "ANIL", "MetaSGD", "MAMLPlusPlus", "IMAML")
 LEARNERS += ("Reptile", "CAVIA", "ExtraInputs", "FiLM", "ProtoNet", "R2D2")
-CERTIFICATE = ("certify", "Certificate", "Terms", "Constants", "Checks", "Fault", "Finding", "spot_check", "SpotCheck")
 DISTRIBUTED = ("processes", "current", "Processes", "share", "count_tasks", "LostProcess")
+EVOLUTION = ("PES", "TruncatedES", "EvolutionState", "EvolutionInfo")
+EQUILIBRIUM = ("DeepEquilibrium", "EquilibriumBlock")
 PAGES = {
     "adjoints": Page({"theria.meta": ADJOINTS}),
     "learners": Page({"theria.meta": LEARNERS}, notes=("theria.meta.functional",)),
-    "optimisers": Page({"theria.meta.optimisers": ()}),
-    "solvers": Page({"theria.meta.solvers": ()}),
-    "implicit": Page({"theria.meta.implicit": (), "theria.nn.equilibrium": ("DeepEquilibrium", "EquilibriumBlock")}),
-    "bilevel": Page({"theria.meta.bilevel": (), "theria.meta.evolution": ("PES", "TruncatedES", "EvolutionState")}),
-    "certify": Page({"theria.meta.certificate": CERTIFICATE}),
+    "optimisers": Page({"theria.meta.optimisers": ("InnerOptimiser", "SGD", ...)}),
+    "solvers": Page({"theria.meta.solvers": ("LinearSolver", "IterativeSolver", "Solution", "Result", ...)}),
+    "implicit": Page(
+        {"theria.meta.implicit": ("root", "fixed_point", "argmin", ...), "theria.nn.equilibrium": EQUILIBRIUM},
+        notes=("theria.meta.implicit.rules",),
+    ),
+    "bilevel": Page(
+        {"theria.meta.bilevel": ("BilevelProblem", "ITD", "AID", ...), "theria.meta.evolution": EVOLUTION},
+    ),
+    "certify": Page({"theria.meta.certificate": ("certify", "Certificate", "Terms", "spot_check", ...)}),
     "running": Page({"theria.meta.distributed": DISTRIBUTED, "theria.meta": ("CapturedStep",)}),
-    "curvature": Page({"theria.curvature": ()}),
-    "problems": Page({"theria.testing.problems": ()}),
+    "curvature": Page({"theria.curvature": ("hvp", ...)}),
+    "problems": Page({"theria.testing.problems": ("Problem", ...)}),
 }
 
 
@@ -71,7 +81,7 @@ def escaped(text: str) -> str:
     text = re.sub(r":(?:func|mod|class):(?=`)", "", text)
     parts = re.split(r"(``.*?``|`.*?`)", text, flags=re.DOTALL)
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"(\*|<(?=[\w/!?])|(?<!\w)_|(?<=\])\()", r"\\\1", parts[i])
+        parts[i] = re.sub(r"(\*|<(?=[\w/!?])|(?<!\w)_|(?<=\])\(|(?<=\S)~|~(?=\S))", r"\\\1", parts[i])
     return "".join(parts)
 
 
@@ -136,7 +146,7 @@ def own(cls: type) -> list[type]:
     return [base for base in reversed(cls.__mro__) if base.__module__.startswith("theria")]
 
 
-def arguments(cls: type) -> str | None:
+def arguments(cls: type) -> list[str] | None:
     """What the constructor takes; None where a class is not made by its user."""
     if issubclass(cls, Enum | Exception | tuple) or getattr(cls, "_is_protocol", False):
         return None
@@ -145,54 +155,60 @@ def arguments(cls: type) -> str | None:
         for base in own(cls):
             for item in node_of(base).body:
                 if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
-                    fields[ast.unparse(item.target)] = ast.unparse(item)
-        return ", ".join(fields.values())
+                    fields[ast.unparse(item.target)] = part(item.target, item.annotation, item.value, base)
+        return list(fields.values())
     inits = [base for base in own(cls) if "__init__" in vars(base)]
-    return taken(node_of(vars(inits[-1])["__init__"])) if inits else None
+    return taken(vars(inits[-1])["__init__"]) if inits else None
 
 
-def taken(function: ast.FunctionDef) -> str:
-    """The arguments without `self`."""
-    args = function.args
-    if args.args and args.args[0].arg in ("self", "cls"):
-        args.args = args.args[1:]
-    return ast.unparse(args)
+def taken(function: Any) -> list[str]:
+    """The arguments without `self`, each with its annotation and default."""
+    args = node_of(function).args
+    plain = [*zip(reversed(args.args), [*reversed(args.defaults), *[None] * len(args.args)], strict=False)][::-1]
+    out = [
+        part(ast.Name(a.arg), a.annotation, default, function) for a, default in plain if a.arg not in ("self", "cls")
+    ]
+    if args.vararg or args.kwonlyargs:
+        out.append(f"*{ast.unparse(args.vararg) if args.vararg else ''}")
+    keywords = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    out += [part(ast.Name(a.arg), a.annotation, default, function) for a, default in keywords]
+    return out + ([f"**{ast.unparse(args.kwarg)}"] if args.kwarg else [])
 
 
-def signature(name: str, inside: str, returns: str = "") -> list[str]:
+def part(name: ast.expr, annotation: Any, default: Any, owner: Any) -> str:
+    """`name: annotation = default`; a private constant is shown as what it stands for."""
+    text = ast.unparse(name) + (f": {unquoted(annotation)}" if annotation else "")
+    if default is None:
+        return text
+    value = ast.unparse(default)
+    if value.startswith("_") and (found := re.search(rf"^{value} = (.*)$", source_of(owner), re.MULTILINE)):
+        value = found[1]
+    return f"{text} = {value}"
+
+
+def source_of(owner: Any) -> str:
+    """Of the module that an object comes from."""
+    return inspect.getsource(inspect.getmodule(owner) or owner)
+
+
+def unquoted(annotation: ast.expr) -> str:
+    """An annotation without the quotes that a forward reference has."""
+    return annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation)  # type: ignore[return-value]
+
+
+def signature(name: str, inside: list[str], returns: str = "") -> list[str]:
     """A block of text, one line if it fits."""
-    one = f"{name}({inside}){returns}"
+    one = f"{name}({', '.join(inside)}){returns}"
     if len(one) > WIDTH:
-        tree = ast.parse(f"def f({inside}): ...").body[0]
-        one = f"{name}(\n" + "".join(f"    {part},\n" for part in _parts(tree)) + f"){returns}"  # type: ignore[arg-type]
+        one = f"{name}(\n" + "".join(f"    {part},\n" for part in inside) + f"){returns}"
     return ["", "```text", *one.splitlines(), "```", ""]
-
-
-def _parts(function: ast.FunctionDef) -> Iterator[str]:
-    """Each argument by itself."""
-    args = function.args
-    defaults = [None] * (len(args.args) - len(args.defaults)) + list(args.defaults)
-    rows = [*zip(args.args, defaults, strict=True)]
-    yield from (_part(arg, default) for arg, default in rows)
-    if args.vararg:
-        yield f"*{ast.unparse(args.vararg)}"
-    elif args.kwonlyargs:
-        yield "*"
-    yield from (_part(arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True))
-    if args.kwarg:
-        yield f"**{ast.unparse(args.kwarg)}"
-
-
-def _part(arg: ast.arg, default: ast.expr | None) -> str:
-    return ast.unparse(arg) + (f" = {ast.unparse(default)}" if default is not None else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ the pages
 def function_entry(name: str, function: Any, level: str) -> Iterator[str]:
-    node = node_of(function)
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    annotation = node_of(function).returns
     yield from ("", f"{level} `{name}`")
-    yield from signature(name, taken(node), returns)
+    yield from signature(name, taken(function), f" -> {unquoted(annotation)}" if annotation else "")
     yield from markdown(function.__doc__ or "")
 
 
@@ -223,7 +239,7 @@ def method_entry(name: str, key: str, value: Any, shown: set[str]) -> Iterator[s
     if isinstance(value, property):
         yield from ("", f"#### `{name}`", "", *markdown(doc))
     else:
-        yield from function_entry(name.removesuffix(".__call__"), function, "####")
+        yield from function_entry(name, function, "####")
 
 
 def reference(page: Page) -> str:

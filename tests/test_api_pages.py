@@ -133,15 +133,25 @@ def test_a_docstring_becomes_markdown(api_pages: ModuleType) -> None:
 
 
 def test_signatures_are_as_written(api_pages: ModuleType) -> None:
-    assert api_pages.arguments(theria.meta.Unrolled) == "checkpoint_every: int | None = None"
+    assert api_pages.arguments(theria.meta.Unrolled) == ["checkpoint_every: int | None = None"]
     taken = api_pages.arguments(theria.meta.solvers.Neumann)
-    assert taken.startswith("rtol: float = 1e-06, ")  # of the base, first
-    assert taken.endswith("scale: float = 1.0")
+    assert (taken[0], taken[-1]) == ("rtol: float = 1e-06", "scale: float = 1.0")  # those of the base come first
     assert api_pages.arguments(theria.meta.solvers.Solution) is None  # nobody makes one
-    returns = " -> " + "A" * 120
-    text = api_pages.signature("f", "x: int, *args: Any, y: str='a, b', **rest: Any", returns)
-    parts = ["x: int", "*args: Any", "y: str = 'a, b'", "**rest: Any"]
-    assert text[2:-2] == ["f(", *(f"    {part}," for part in parts), f"){returns}"]
+    newton = api_pages.arguments(theria.meta.implicit.NewtonCG)
+    assert newton[0] == "linear_solver: LinearSolver = CG(rtol=1e-4, check_every=1)"  # behind a private name
+
+
+def example(x: int, *args: Any, y: str = "a, b", z: "str | None" = None, **rest: Any) -> "list[str]":
+    raise NotImplementedError
+
+
+def test_a_long_signature_has_a_line_for_each_argument(api_pages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["x: int", "*args: Any", "y: str = 'a, b'", "z: str | None = None", "**rest: Any"]
+    assert api_pages.taken(example) == parts
+    assert list(api_pages.function_entry("f", example, "##"))[3:5] == ["```text", f"f({', '.join(parts)}) -> list[str]"]
+    monkeypatch.setattr(api_pages, "WIDTH", 20)
+    lines = list(api_pages.function_entry("f", example, "##"))
+    assert lines[3:-2] == ["```text", "f(", *(f"    {part}," for part in parts), ") -> list[str]"]
 
 
 def test_check_says_what_is_stale(
