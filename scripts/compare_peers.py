@@ -34,6 +34,7 @@ LIBRARIES = ("theria", *environments.PEERS)
 SPEED = {  # method: whose environment
     "theria Unrolled": "theria",
     "theria MixedMode": "theria",
+    "theria Unrolled, 4 at once": "theria",
     "higher": "higher",
     "torchopt": "torchopt",
     "learn2learn": "learn2learn",

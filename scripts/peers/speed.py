@@ -47,11 +47,16 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Episode]:
     return model, (x, classes.repeat(tasks, options.shots), q, classes.repeat(tasks, options.queries))
 
 
-def of_theria(adjoint: str) -> Callable[[nn.Module, Episode, int], None]:
+def of_theria(adjoint: str, at_once: int | None = None) -> Callable[[nn.Module, Episode, int], None]:
+    """All tasks under one vmap, or so many of them, one backward after the other."""
+
     def run(model: nn.Module, episode: Episode, steps: int) -> None:
         from theria import meta
 
-        meta.MAML(model, cross_entropy, meta.SGD(RATE), steps, getattr(meta, adjoint)())(episode).backward()
+        learner = meta.MAML(model, cross_entropy, meta.SGD(RATE), steps, getattr(meta, adjoint)())
+        tasks = len(episode[0])
+        for part in zip(*(field.split(at_once or tasks) for field in episode), strict=True):
+            (learner(part) * (len(part[0]) / tasks)).backward()
 
     return run
 
@@ -95,6 +100,7 @@ def with_learn2learn(model: nn.Module, episode: Episode, steps: int) -> None:
 METHODS = {
     "theria Unrolled": of_theria("Unrolled"),
     "theria MixedMode": of_theria("MixedMode"),
+    "theria Unrolled, 4 at once": of_theria("Unrolled", 4),
     "higher": with_higher,
     "torchopt": with_torchopt,
     "learn2learn": with_learn2learn,
