@@ -84,7 +84,7 @@ WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}  # one of each kind
 VARIANT = "_all"
 # width, or keys of a short kernel, from which a mask or dropout leave too little room for the tile of a plain call
-CROWDED = 128
+CROWDED = {"half": 128, "float": 64}
 SHORT = "short"
 ROWS_ONLY = ("row_stats",)  # kernels without scores
 
@@ -164,7 +164,7 @@ def key_of(kernel: str, frame: Any) -> Key:
 
 def with_room(tile: Tile, key: Key) -> Tile:
     """The tile of a call with a mask or dropout, which take registers and pass through shared memory."""
-    if max(key.width, key.keys) < CROWDED:
+    if max(key.width, key.keys) < CROWDED[key.kind]:
         return tile
     if "dkv" in key.kernel or is_short(key.kernel):
         return tile._replace(rows=max(tile.rows // 2, LEAST))
