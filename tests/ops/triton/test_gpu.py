@@ -102,7 +102,7 @@ def problem_for(key: Key, kind: str) -> Problem:
     return problem
 
 
-@pytest.mark.parametrize("key", configurations(ARCH) if ARCH else [], ids=lambda key: "-".join(map(str, key)))
+@pytest.mark.parametrize("key", list(configurations(ARCH)) if ARCH else [], ids=lambda key: "-".join(map(str, key)))
 @pytest.mark.parametrize("kind", ["whole", "edges", "masked"])
 def test_every_configuration_is_right(key: Key, kind: str) -> None:
     """Values, not only what compiles: compilers make wrong programs of right kernels for one tile alone.
