@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments import learners
 from experiments.config import (
-    AdjointKind,
     Config,
     ConvNetConfig,
     DigitsConfig,
@@ -27,7 +27,7 @@ from experiments.config import (
 )
 from experiments.errors import UserError, nearest
 from experiments.learners import InContextLearner, Learner
-from theria import data, meta
+from theria import data
 from theria import nn as networks
 from theria.data import ClassDataset, TaskSource
 
@@ -42,6 +42,7 @@ LEAST = {
     "inner.steps": 1,
     "inner.eval_steps": 0,
     "learner.chunk_size": 1,
+    "learner.epoch_steps": 1,
     "trainer.steps": 1,
     "trainer.max_minutes": 0,
     "trainer.lr": 0,
@@ -195,44 +196,12 @@ def build_learner(config: Config) -> Learner:
         if isinstance(model, networks.InContextClassifier | networks.InContextRegressor):
             learner = InContextLearner(model, loss_fn(config.task))
         else:
-            learner = _maml(config, model)
+            ways = config.task.ways if isinstance(config.task, FewShotConfig) else None
+            learner = learners.build(config.learner, config.inner, config.adjoint, model, loss_fn(config.task), ways)
     except (ValueError, ImportError) as error:
         hint = "; learner=maml adapts all parameters" if str(error).startswith("adapt=") else ""
         raise UserError(f"{error}{hint}") from error
     return learner.to(device(config))
-
-
-def _maml(config: Config, model: nn.Module) -> meta.MAML:
-    inner = config.inner
-    if inner.head_lr is not None and not inner.learn_lr:
-        raise ValueError("inner.head_lr starts a learned rate: give inner.learn_lr=true with it, or inner.head_lr=null")
-    learner = meta.MAML(
-        model,
-        loss_fn(config.task),
-        inner=meta.SGD(lr=inner.lr, momentum=inner.momentum, nesterov=inner.nesterov, learn_lr=inner.learn_lr),
-        steps=inner.steps,
-        adjoint=build_adjoint(config.adjoint.kind),
-        adapt=config.learner.adapt,
-        chunk_size=config.learner.chunk_size,
-    )
-    if inner.head_lr is not None:
-        with torch.no_grad():
-            for name, parameter in learner.named_parameters():
-                if name.startswith("rates.lr.head/"):
-                    parameter.fill_(inner.head_lr)
-    return learner
-
-
-def build_adjoint(kind: AdjointKind) -> Any:
-    match kind:
-        case AdjointKind.unrolled:
-            return meta.Unrolled()
-        case AdjointKind.mixed_mode:
-            return meta.MixedMode()
-        case AdjointKind.first_order:
-            return meta.FirstOrder()
-        case AdjointKind.higher:
-            return meta.Higher()
 
 
 def device(config: Config) -> torch.device:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.learners import InContextLearner, Learner, sequence
+from experiments.learners import Learner, sequence, takes_steps
 from experiments.tracking import json_value
 from theria.data import Episode, TaskSource
 from theria.meta.distributed import ALONE, Processes
@@ -104,7 +104,7 @@ def metric_name(episode: Episode) -> str:
 
 
 def curve_axis(learner: Learner) -> str:
-    if not isinstance(learner, InContextLearner):
+    if takes_steps(learner):
         return "inner steps"
     return "context length" if isinstance(learner.model, InContextRegressor) and learner.model.causal else ""
 
@@ -124,9 +124,7 @@ def task_curve(learner: Learner, episode: Episode, steps: int) -> Tensor:
 
 def predict(learner: Learner, episode: Episode, steps: int) -> Tensor:
     """Predictions of the queries after `steps` inner steps, where the learner takes any."""
-    if isinstance(learner, InContextLearner):
-        return learner.predict(episode)
-    return learner.predict(episode, steps=steps)
+    return learner.predict(episode, steps=steps) if takes_steps(learner) else learner.predict(episode)  # pyright: ignore
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.learners import InContextLearner, Learner, attributes
+from experiments.learners import Learner, attributes, takes_steps
 from theria import meta
 from theria.data import Episode
 from theria.meta.distributed import ALONE, Processes
@@ -35,7 +35,7 @@ def bad_task(learner: Learner, episode: Episode) -> int | None:
 def second_order_share(learner: Learner, episode: Episode, processes: Processes = ALONE) -> float | None:
     """|g - g1| / |g|: g the full meta-gradient of the episode, g1 what is left when the inner gradients are taken as
     constants. None for learners without inner steps, and where g is 0. All processes call it, each with all tasks."""
-    if isinstance(learner, InContextLearner):
+    if not takes_steps(learner):
         return None
     own = learner.adjoint
     full = _gradient(learner, episode, meta.Unrolled() if isinstance(own, meta.FirstOrder) else own, processes)

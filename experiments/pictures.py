@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from experiments.evaluation import Evaluation, predict
-from experiments.learners import InContextLearner, Learner
+from experiments.learners import Learner, takes_steps
 from theria.data import Episode
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
@@ -59,7 +59,7 @@ def episode(learner: Learner, tasks: Episode, steps: int, path: Path) -> Path:
     """The first task of an episode: support set, queries, predictions."""
     first = Episode(*(field[:1] for field in tasks))
     with torch.no_grad():
-        before = None if isinstance(learner, InContextLearner) else predict(learner, first, 0)[0].cpu()
+        before = predict(learner, first, 0)[0].cpu() if takes_steps(learner) else None
         after = predict(learner, first, steps)[0].cpu()
     task = Episode(*(field[0].cpu() for field in first))
     if task.query_y.is_floating_point():

@@ -16,7 +16,7 @@ from experiments.config import Config, Schedule, TrainerConfig
 from experiments.errors import Interrupted, NonFiniteError
 from experiments.evaluation import Evaluation, evaluate, metric_name, task_metric
 from experiments.interrupt import SignalWatch
-from experiments.learners import Learner
+from experiments.learners import Learner, set_epoch
 from experiments.progress import Progress
 from experiments.tracking import Tracker
 from theria.data import Episode, TaskSource
@@ -155,6 +155,7 @@ class Trainer:
         episode = self._episode()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.trainer, self.step)
+        set_epoch(self.learner, self.config.learner, self.step)
         self.optimiser.zero_grad()
         loss = self.ranks.backward(self.learner, episode, self.parameters)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])

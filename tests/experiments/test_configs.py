@@ -1,5 +1,6 @@
 """Every configuration in the repository composes, builds and runs; every wrong one is refused with the right name."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,20 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import build, store
+from experiments import build, checkpoint, learners, store
 from experiments.config import AdjointKind, Config
 from experiments.errors import UserError, explain
 
 CONFIGS = Path(store.CONFIG_DIR)
-EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+EVERY_EXPERIMENT = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+def lines_of(name: str) -> list[str]:
+    return (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()
+
+
+# Those of experiments.train; the others have a module and tests of their own.
+EXPERIMENTS = [name for name in EVERY_EXPERIMENT if lines_of(name)[1].startswith("# python -m experiments.train ")]
 GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir() and folder.name != "experiment")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 # What an option of a group needs beside it to make a run that fits together.
@@ -21,6 +30,10 @@ WITH = {
     ("model", "convnet"): ["learner=maml"],
     ("model", "incontext"): ["learner=incontext"],
     ("learner", "incontext"): ["model=incontext"],
+    ("learner", "imaml"): ["adjoint=implicit", "inner=sgd"],
+    ("learner", "reptile"): ["inner=sgd"],
+    ("adjoint", "implicit"): ["inner=sgd"],  # no derivative for learned rates
+    ("adjoint", "identity"): ["inner=sgd"],
     ("task", "sinusoid"): ["model=mlp", "learner=maml"],
     ("task", "linear_regression"): ["model=mlp", "learner=maml"],
 }
@@ -82,11 +95,42 @@ def test_every_experiment_runs(compose_config, name, tmp_path, request):
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "learner"])
+def test_every_learner_trains(compose_config, option, tmp_path):
+    from experiments.train import train
+
+    small = ["model.d_model=8", "model.n_heads=2", "model.n_layers=1"]
+    with_it = [
+        "task=digits",
+        "inner=sgd",
+        "inner.steps=2",
+        "trainer.health_every=1",
+        *WITH.get(("learner", option), []),
+    ]
+    config = compose_config(*few_steps(f"learner={option}", *with_it, *small))
+    before = build.build_learner(config).state_dict()
+    assert train(config, tmp_path / "run", []).after.n == 2
+    state = checkpoint.load(checkpoint.saved(tmp_path / "run")[-1])["learner"]
+    assert state.keys() == before.keys()
+    moved = [name for name, value in before.items() if isinstance(value, torch.Tensor) and not value.equal(state[name])]
+    assert moved
+
+
+def test_what_anneals_follows_the_outer_steps(compose_config):
+    config = compose_config("learner=maml_plus_plus", "inner=sgd", "learner.epoch_steps=10")
+    learner = build.build_learner(config)
+    for step, epoch in ((0, 0), (9, 0), (10, 1), (49, 4)):
+        learners.set_epoch(learner, config.learner, step)
+        assert learner.epoch == epoch
+
+
+@pytest.mark.parametrize("name", EVERY_EXPERIMENT)
 def test_an_experiment_begins_with_its_command(name):
-    directive, command = (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()[:2]
+    directive, command = lines_of(name)[:2]
     assert directive == "# @package _global_"  # Hydra reads it on the first line only
-    assert command.startswith(f"# python -m experiments.train experiment={name}")
+    module, option = command.removeprefix("# python -m ").split()[:2]
+    assert option == f"experiment={name}"
+    assert importlib.util.find_spec(module)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +194,10 @@ def test_a_wrong_value_names_what_is_needed(compose_config, override, needed):
         (["model.d_model=10", "model.n_heads=4"], "10"),
         (["model.stem=pach"], "pach"),
         (["inner.lr=-1"], "-1"),
+        (["learner=reptile"], "learns rates"),
+        (["learner=imaml", "adjoint=implicit"], "learns rates"),
+        (["learner=cavia", "+learner.adapt=[head]"], "adapt"),
+        (["task=sinusoid", "model=mlp", "learner=protonet"], "protonet classifies"),
         (["model=convnet"], "learner=maml adapts all"),
     ],
 )
