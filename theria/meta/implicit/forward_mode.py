@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from theria.meta.constant import plain_gradient
+from theria.meta.levels import carries_derivative
 
 Tree = Any  # a pytree of tensors
 
@@ -64,8 +65,11 @@ def hessian_product(loss: Callable[[Tree], Tensor], x: Tree, v: Tree, constant: 
 
     Args:
         constant: nothing will differentiate it in reverse, so that each activation is freed as the pass is beyond it.
+            A v that carries a derivative says otherwise: a solver that transposes the product has to see H', not 0.
     """
-    once = constant and _forward_mode_is_free()  # else the gradient itself is differentiated in reverse
+    transposed = any(carries_derivative(leaf) for leaf in pytree.tree_leaves(v))
+    # Where forward mode is taken, the gradient itself is differentiated in reverse.
+    once = constant and not transposed and _forward_mode_is_free()
     gradient = (lambda x: plain_gradient(loss, x)) if once else torch.func.grad(loss)
     return push_forward(gradient, x, v)
 

@@ -97,7 +97,7 @@ def solve_system(operator: Operator, args: Args, b: Tree, solver: LinearSolver, 
         return solver.solve(lambda v: v, b)  # differentiable as it stands, as it depends on b alone
     fixed_args, fixed_b = freeze((args, b))
     with torch.no_grad():
-        solution = solver.solve(operator.bind(fixed_args, fixed_b, constant=True), fixed_b, throw=throw)
+        solution = solver.solve(operator.constant(fixed_args, fixed_b), fixed_b, throw=throw)
     value = attach(System(operator), solution.value, (b, args), solver, throw)
     return solution._replace(value=value)
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from theria.meta.implicit.forward_mode import hessian_product, push_forward
 from theria.meta.implicit.frozen import Tree
-from theria.meta.solvers.system import LinearMap
+from theria.meta.solvers.system import LinearMap, Transposable
 
 Args = tuple[Any, ...]
 Function = Callable[..., Any]
@@ -36,6 +36,11 @@ class Operator(ABC):
     @property
     def T(self) -> "Operator":
         return Transposed(self)
+
+    def constant(self, args: Args, like: Tree) -> "Transposable":
+        """v -> A(args) v for a solver."""
+        transpose = self.T
+        return Transposable(self.bind(args, like, constant=True), lambda: transpose.bind(args, like, constant=True))
 
 
 @dataclass(frozen=True)

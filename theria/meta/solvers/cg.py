@@ -26,6 +26,7 @@ from theria.meta.solvers.system import (
     LinearMap,
     Space,
     System,
+    Transposable,
     Tree,
     VectorMap,
     conclude,
@@ -113,12 +114,15 @@ class NormalCG(LinearSolver):
         """As `LinearSolver.solve`.
 
         Args:
-            rmatvec: u -> A'u. Without it, `torch.func.vjp` transposes `matvec`; x is then like x0, or like b.
+            rmatvec: u -> A'u. Without it, a `Transposable` knows its own, and `torch.func.vjp` transposes any other
+                `matvec`; x is then like x0, or like b.
         """
         b, x0 = without_gradient(b), without_gradient(x0)
         image = Space.of(b, "b")
         domain = image if x0 is None else Space.of(x0, "x0")
-        if rmatvec is not None and x0 is None:
+        if rmatvec is None and isinstance(matvec, Transposable):
+            rmatvec = matvec.transpose()
+        elif rmatvec is not None and x0 is None:
             domain = Space.of(rmatvec(b), "the value of rmatvec")
         apply = on_vectors(matvec, domain, image, "matvec")
         transpose = _transpose(matvec, apply, domain, image, b) if rmatvec is None else None

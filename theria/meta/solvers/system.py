@@ -32,6 +32,17 @@ VectorMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Transposable:
+    """A linear map on pytrees of one structure and shapes that knows how its transpose is made."""
+
+    product: LinearMap
+    transpose: Callable[[], LinearMap]
+
+    def __call__(self, v: Tree) -> Tree:
+        return self.product(v)
+
+
+@dataclass(frozen=True)
 class Space:
     """Pytrees of one structure and fixed shapes."""
 
