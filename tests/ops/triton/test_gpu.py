@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -75,6 +76,18 @@ def test_a_hundred_repeats_have_the_same_bits(shape: tuple[int, ...], strict: bo
             assert all(x.equal(y) for x, y in zip(everything(given), first, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_after_a_fault() -> Iterator[None]:
+    """A fault of the device stays with its process: this one ends, and pytest-xdist names the test and goes on."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 ARCH = architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else 0

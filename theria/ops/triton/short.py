@@ -21,6 +21,9 @@ from theria.ops.triton.tiles import Tile, kind, power_of_two, select
 
 ROWS, KEYS, WIDTH = 256, 128, 128  # the most rows and keys and the widest head of a program
 AREA = {"half": 64 * 128, "float": 64 * 32}  # and the most of keys times width, half of it where memory is small:
+# 64 keys of width 128 need 8 warps, which then share the columns of a product: Triton 3.6 makes a program of that which
+# reads outside of its shared memory.
+SHARED_COLUMNS = (64, 128)
 SHARED = 160 * 1024  # bytes of shared memory a program that the tiles were chosen for (compute capability 8.0, 9.0)
 PACKED = 32  # the most rows or keys of a head that shares a program,
 PACKED_AREA = {"half": 1024, "float": 256}  # and the most of them times width: a warp holds a head
@@ -50,7 +53,7 @@ def fits(sizes: _Sizes, dtype: torch.dtype = torch.float32, device: torch.device
     """Whether the short kernels take a call: whether one program holds the keys of a head and what belongs to them."""
     keys, width = power_of_two(sizes.M), power_of_two(max(sizes.D, sizes.E))
     within = sizes.N <= ROWS and sizes.M > 0 and keys <= KEYS and width <= WIDTH
-    return within and keys * width <= _area(kind(dtype), torch.device(device))
+    return within and keys * width <= _area(kind(dtype), torch.device(device)) and (keys, width) != SHARED_COLUMNS
 
 
 def heads_of(tile: Tile, frame: Frame, grouped: bool) -> int:
