@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from theria.data import Sinusoid
-from theria.meta import FOMAML, MAML, SGD
+from theria.meta import AID, FOMAML, MAML, SGD, BilevelProblem
 from theria.meta.certificate import Fault, certify, spot_check
 from theria.meta.constant import constant
 from theria.meta.solvers import CG, Dense
@@ -51,10 +51,10 @@ class Quadratic:
         return -torch.linalg.solve(self.A, self.a + self.C @ self.x)
 
     def adjoint_vector(self, z: Tensor) -> Tensor:
-        return torch.linalg.solve(self.A, z - self.t)
+        return -torch.linalg.solve(self.A, z - self.t)
 
     def hypergradient(self, z: Tensor) -> Tensor:
-        return self.b - self.C.mT @ self.adjoint_vector(z)
+        return self.b + self.C.mT @ self.adjoint_vector(z)
 
     def certify(self, z: Tensor | None = None, **options: Any) -> Any:
         z = self.solution if z is None else z
@@ -115,7 +115,7 @@ def test_the_bound_holds_and_the_estimate_is_exact_on_quadratics(seed: int, sour
     truth = problem.hypergradient(problem.solution)
     z = problem.solution + (0.1 * randn(8, seed=seed + 100) if source in ("inner", "all") else 0)
     v = problem.adjoint_vector(z) + (0.1 * randn(8, seed=seed + 200) if source in ("solve", "all") else 0)
-    p = problem.b - problem.C.mT @ v + (0.1 * randn(8, seed=seed + 300) if source in ("formula", "all") else 0)
+    p = problem.b + problem.C.mT @ v + (0.1 * randn(8, seed=seed + 300) if source in ("formula", "all") else 0)
     certificate = problem.certify(z, adjoint_vector=v, hypergradient=p, directions=0)
     error = length(p - truth)
     assert error <= certificate.bound.total
@@ -128,6 +128,19 @@ def test_the_bound_holds_and_the_estimate_is_exact_on_quadratics(seed: int, sour
         assert certificate.bound.total <= {"formula": 1, "solve": 16, "inner": 256}[source] * error * (1 + 1e-6)
     else:
         assert error <= certificate.estimate.total
+
+
+def test_the_adjoint_vector_is_that_of_aid() -> None:
+    """One sign everywhere: H v = -grad_z f."""
+    problem = quadratic(SPECTRUM)
+    result = BilevelProblem(problem.inner_loss, problem.outer_loss).hypergradient(
+        problem.x, problem.solution, AID(SGD(lr=0.1), steps=0, solver=CG(rtol=1e-12))
+    )
+    certificate = problem.certify(adjoint_vector=result.linear.value, hypergradient=result.gradient)
+    assert certificate.ok, certificate
+    assert certificate.solve_residual < 1e-10
+    swapped = problem.certify(adjoint_vector=-result.linear.value, hypergradient=result.gradient, directions=0)
+    assert swapped.faults == {Fault.wrong_formula, Fault.linear_solve_not_converged}
 
 
 @pytest.mark.parametrize("source", ["solve", "inner"])
@@ -214,10 +227,10 @@ def test_an_inner_problem_that_is_not_converged() -> None:
 
 FORMULAS = {
     "implicit term is missing": lambda q, v: q.b,
-    "implicit term has the wrong sign": lambda q, v: q.b + q.C.mT @ v,
-    "it has the wrong sign": lambda q, v: -(q.b - q.C.mT @ v),
+    "implicit term has the wrong sign": lambda q, v: q.b - q.C.mT @ v,
+    "it has the wrong sign": lambda q, v: -(q.b + q.C.mT @ v),
     "multiple of the identity": lambda q, v: q.b - 0.1 * q.C.mT @ (q.solution - q.t),
-    "give the adjoint_vector": lambda q, v: q.b - q.C.mT @ v + randn(5, seed=50),
+    "give the adjoint_vector": lambda q, v: q.b + q.C.mT @ v + randn(5, seed=50),
 }
 
 

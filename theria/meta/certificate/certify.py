@@ -4,16 +4,17 @@ The problem: h(x) = f(z*(x), x) with grad_z g(z*(x), x) = 0. With H = grad^2_zz 
 
     Phi(z) = grad_x f - B H^-1 grad_z f   at (z, x),        so that grad h(x) = Phi(z*).
 
-Given are z near z*, v near H^-1 grad_z f, and a hypergradient p, meant to be grad_x f - B v. With r = H v - grad_z f,
+Given are z near z*, v near -H^-1 grad_z f (the sign of `theria.meta.bilevel`), and a hypergradient p, meant to be
+grad_x f + B v. With r = H v + grad_z f,
 
-    p - Phi(z*) = [p - (grad_x f - B v)]  -  B H^-1 r  +  [Phi(z) - Phi(z*)]
+    p - Phi(z*) = [p - (grad_x f + B v)]  +  B H^-1 r  +  [Phi(z) - Phi(z*)]
                         formula               solve             inner
 
 and, where H >= mu I on the way from z to z*: |z - z*| <= |grad_z g| / mu,
 
     |solve| <= |B| |r| / mu,        |inner| <= (|grad^2_xz l| + |B| |grad^2_zz l| / mu) |grad_z g| / mu,
 
-since DPhi[d] = grad^2_xz l d - B H^-1 grad^2_zz l d with l(z, x) = f - <grad_z g, v>, v held: its two norms are what is
+since DPhi[d] = grad^2_xz l d - B H^-1 grad^2_zz l d with l(z, x) = f + <grad_z g, v>, v held: its two norms are what is
 left of the Lipschitz constants of grad f, H and B in Pedregosa 2016 (arXiv 1602.02355, theorem 2) and Grazzi,
 Franceschi, Pontil and Salzo 2020 (arXiv 2006.16218, theorem 3.1), at one point and for one v.
 
@@ -64,8 +65,9 @@ def certify(
         inner_loss, outer_loss: g and f, (inner, outer) -> scalar; pure.
         inner: the inner solution z, a pytree of tensors of one dtype on one device.
         outer: x, likewise.
-        hypergradient: what to certify, a pytree like `outer`; default grad_x f - B v.
-        adjoint_vector: v, a pytree like `inner`, that the hypergradient was made with; default by `solver`.
+        hypergradient: what to certify, a pytree like `outer`; default grad_x f + B v.
+        adjoint_vector: v with H v = -grad_z f, a pytree like `inner`, that the hypergradient was made with, such as
+            the `linear.value` of `AID`; default by `solver`.
         solver: makes v where none is given; default `CG()`.
         hessian: the operator w -> H w that v was or is made with, where it is not the inner loss's own product; it is
             checked as well.
@@ -87,7 +89,7 @@ def certify(
     with torch.no_grad():
         used = (lambda w: d.hessian(z, x, w)) if hessian is None else Z.on_vectors(hessian)
         if adjoint_vector is None:
-            v = (solver or CG()).solve(used, d.outer_gradients(z, x)[0], throw=False).value
+            v = (solver or CG()).solve(used, -d.outer_gradients(z, x)[0], throw=False).value
         else:
             v = Z.ravel(adjoint_vector, "adjoint_vector").detach()
         formula = d.lagrangian(z, x, v)[1]
@@ -124,8 +126,8 @@ def _check_finite(point: Point) -> None:
         "the hypergradient": point.p,
         "the adjoint vector": point.v,
         "grad_z of the inner loss": point.gradient,
-        "H v - grad_z f": residual,
-        "grad_x f - B v": formula,
+        "H v + grad_z f": residual,
+        "grad_x f + B v": formula,
     }
     for name, value in named.items():
         if not value.isfinite().all():

@@ -80,7 +80,7 @@ def _of_spot_check(spot: SpotCheck, estimate: Terms, scale: float) -> list[Findi
 def recognise(point: Point) -> str:
     """Well-known ways to get a hypergradient wrong."""
     along_z, along_x = point.d.outer_gradients(point.z, point.x)
-    implicit = along_x - point.lagrangian[1]  # B v
+    implicit = along_x - point.lagrangian[1]  # -B v
     identity = point.d.cross(point.z, point.x, along_z)
     given = along_x - point.p
     near = 1e-2 * norm(implicit)

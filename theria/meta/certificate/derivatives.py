@@ -50,8 +50,8 @@ class Derivatives:
         return grad(self.f, argnums=(0, 1))(z, x)
 
     def lagrangian(self, z: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients (n,), (m,) of l(z, x) = f(z, x) - <grad_z g(z, x), v>: grad_z f - H v and grad_x f - B v."""
-        return grad(lambda a, b: self.f(a, b) - self.gradient(a, b) @ v, argnums=(0, 1))(z, x)
+        """The gradients (n,), (m,) of l(z, x) = f(z, x) + <grad_z g(z, x), v>: grad_z f + H v and grad_x f + B v."""
+        return grad(lambda a, b: self.f(a, b) + self.gradient(a, b) @ v, argnums=(0, 1))(z, x)
 
     def solve(self, solver: LinearSolver, z: Tensor, x: Tensor, b: Tensor) -> Solution:
         """H^-1 b, as far as the solver gets."""

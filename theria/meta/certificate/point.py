@@ -31,7 +31,7 @@ class Point:
 
     @cached_property
     def lagrangian(self) -> tuple[Tensor, Tensor]:
-        """-r = grad_z f - H v (n,) and grad_x f - B v (m,)."""
+        """r = H v + grad_z f (n,) and grad_x f + B v (m,)."""
         return self.d.lagrangian(self.z, self.x, self.v)
 
     @property
@@ -75,10 +75,10 @@ class Point:
         """The errors to first order in the inner error, and the corrected hypergradient (m,)."""
         d, z, x, direct = self.d, self.z, self.x, self.lagrangian[1]
         solved = d.solve(self.exact, z, x, -self.lagrangian[0])
-        here = direct + d.cross(z, x, solved.value)  # Phi(z)
+        here = direct + d.cross(z, x, solved.value)  # Phi(z) = grad_x f + B (v - H^-1 r)
         floor = d.rounding(z, x)
         z = z - d.solve(self.exact, z, x, self.gradient).value
-        there = d.lagrangian(z, x, d.solve(self.exact, z, x, d.outer_gradients(z, x)[0]).value)[1]  # Phi after a step
+        there = d.lagrangian(z, x, d.solve(self.exact, z, x, -d.outer_gradients(z, x)[0]).value)[1]  # Phi after a step
         lower = norm(d.gradient(z, x)) <= max(norm(self.gradient), floor)
         usable = lower and solved.result != Result.non_finite and bool(there.isfinite().all())
         inner = norm(there - here) if usable else math.nan

@@ -31,9 +31,9 @@ class Fault(Enum):
         "the smallest eigenvalue of the inner Hessian is zero to within its error, so that no bound holds: add damping "
         "or regularisation to the inner loss, or raise lanczos_steps"
     )
-    wrong_formula = "the hypergradient is not grad_x f - B v for this inner solution and adjoint vector"
+    wrong_formula = "the hypergradient is not grad_x f + B v for this inner solution and adjoint vector"
     linear_solve_not_converged = (
-        "the adjoint system H v = grad_z f is not solved well enough: lower rtol, raise max_iterations, give a "
+        "the adjoint system H v = -grad_z f is not solved well enough: lower rtol, raise max_iterations, give a "
         "preconditioner, or use another solver"
     )
     inner_not_converged = (
@@ -64,8 +64,8 @@ class Terms(NamedTuple):
     """The three sources of error, in units of the hypergradient.
 
     Attributes:
-        formula: the given hypergradient against grad_x f - B v at the given z and v.
-        solve: from v against H^-1 grad_z f at the given z.
+        formula: the given hypergradient against grad_x f + B v at the given z and v.
+        solve: from v against -H^-1 grad_z f at the given z.
         inner: from z against the solution z*.
     """
 
@@ -120,7 +120,7 @@ class Certificate:
         hypergradient: what is certified, a pytree like `outer`.
         size: its norm.
         inner_residual: |grad_z g|.
-        solve_residual: |H v - grad_z f|.
+        solve_residual: |H v + grad_z f|.
         constants: of the bound.
         bound: of the error of each source, from the residuals and the constants.
         estimate: of the same errors, to first order; NaN where a Newton step does not lower the inner gradient.
@@ -175,7 +175,7 @@ class Certificate:
             f"hypergradient of norm {self.size:.6e}, {verdict} to {self.tolerance:.0e}",
             f"error: estimated {self.estimate.total:.2e}, bound {self.bound.total:.2e}, most of it: {self.dominant}",
             *(f"  {name}: estimated {estimate:.2e}, bound {bound:.2e}" for name, estimate, bound in rows),
-            f"|grad_z g| = {self.inner_residual:.2e}, |H v - grad_z f| = {self.solve_residual:.2e}",
+            f"|grad_z g| = {self.inner_residual:.2e}, |H v + grad_z f| = {self.solve_residual:.2e}",
             f"curvature {constants.mu:.3e} +- {constants.mu_error:.0e} to {constants.L:.3e}, |B| {constants.cross:.2e}",
             f"symmetry {checks.symmetry:.0e}, Hessian {checks.hessian:.0e}, cross derivative {checks.cross:.0e}",
         ]
