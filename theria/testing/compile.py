@@ -27,10 +27,12 @@ from triton.runtime import driver
 from theria.ops.triton.tile_table import TABLE
 from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, WIDTHS, Key, Tile, is_short, lookup, measured, override
 from theria.testing.kernels import RULES, Launch, launches, make_problem, name_of, short_sides
+from theria.testing.sass import disassemble, lost_operands
 
 KB = 1024
 # The most that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_LIMITS = {80: 163 * KB, 86: 99 * KB, 87: 163 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}
+HOPPER = 90
 WGMMA_ROWS, WGMMA_WARPS = 64, 4  # the least that a product needs on each side of a warp group
 
 
@@ -45,6 +47,7 @@ class Compiled:
         stack: bytes per thread in local memory; these kernels have none unless registers are spilled.
         shared: bytes of shared memory per program.
         wgmma, mma: matrix instructions of Hopper's warp groups, and of warps.
+        lost: left operands that the assembler overwrote in a loop, see NOTE [held operands] in `theria.testing.sass`.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Compiled:
     shared: int
     wgmma: int
     mma: int
+    lost: int = 0
 
     def faults(self, *, wgmma: bool = False) -> list[str]:
         """What forbids to use it; ``wgmma``: it should use Hopper's matrix units."""
@@ -65,6 +69,8 @@ class Compiled:
             found.append(f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {limit}")
         if wgmma and not self.wgmma:
             found.append("no wgmma")
+        if self.lost:
+            found.append(f"computes with {self.lost} overwritten registers")
         return found
 
 
@@ -106,6 +112,7 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         shared=made.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async"),
         mma=ptx.count("mma.sync"),
+        lost=len(lost_operands(disassemble(made.asm["cubin"]))) if arch == HOPPER else 0,
     )
 
 
@@ -128,7 +135,7 @@ def compile_kernel(
 
 def ought_to_use_wgmma(kernel: str, tile: Tile, dtype: torch.dtype, arch: int) -> bool:
     """Whether a kernel with this tile ought to run on Hopper's matrix units."""
-    if arch != 90 or dtype == torch.float32 or tile.warps < WGMMA_WARPS or kernel in ROWS_ONLY:
+    if arch != HOPPER or dtype == torch.float32 or tile.warps < WGMMA_WARPS or kernel in ROWS_ONLY:
         return False
     kept = tile.keys if is_short(kernel) or "dkv" in kernel else tile.rows
     return kept >= WGMMA_ROWS
@@ -149,6 +156,12 @@ def shape_for(key: Key) -> tuple[int, int, int, int, int, int]:
     """(B, H, N, M, D, E) of a call that a key is for."""
     rows = key.keys or 4096
     return 4, 16, rows, rows, key.width, key.width
+
+
+def edged(shape: tuple[int, int, int, int, int, int]) -> tuple[int, int, int, int, int, int]:
+    """A shape like it that no tile divides, in rows, keys and widths."""
+    B, H, N, M, D, E = shape
+    return B, H, N - 1, M - 3, max(5 * D // 8, 1), max(3 * E // 8, 1)
 
 
 def configurations(arch: int, kernels: Sequence[str] = tuple(RULES)) -> Iterator[Key]:
@@ -173,6 +186,8 @@ def check(key: Key) -> tuple[list[Compiled], list[str]]:
     """A configuration compiled, and what is wrong with it."""
     dtype, tile = DTYPES[key.kind], lookup(key)
     made = compile_kernel(key.kernel, tile, key.arch, shape_for(key), dtype, key.causal)
+    if tile.held:  # the assembler has to hold them wherever tiles have edges, too
+        made += compile_kernel(key.kernel, tile, key.arch, edged(shape_for(key)), dtype, key.causal)
     wgmma = ought_to_use_wgmma(key.kernel, tile, dtype, key.arch)
     return made, [fault for one in made for fault in one.faults(wgmma=wgmma)]
 

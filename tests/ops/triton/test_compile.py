@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from theria.testing.kernels import RULES
+from theria.testing.sass import lost_operands
 
 pytest.importorskip("triton")
 GROUPS = (
@@ -25,6 +26,8 @@ GROUPS = (
 # Nobody measured a default; it works, with some registers in local memory if need be. Three-pass float32 keeps two
 # parts of each operand in registers, and so does the widest short kernel with many: no tile avoids it there.
 SLIGHT_SPILL = 160
+# Measured: 0.53 ms for (2048, 4, 64, 32) on an H200, where the best tile without a spill takes 0.92 ms.
+FASTER = {"('second_short', 32, 'float', False, 90, 64)": 72}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,8 +53,10 @@ def test_every_configuration_compiles(arch: int, group: tuple[str, ...]) -> None
 
 
 def is_expected(line: str) -> bool:
-    """A default that lacks nothing but registers."""
+    """A default that lacks nothing but registers, or what is the fastest all the same."""
     spill = re.search(r": spills registers \((\d+) bytes of stack\)(; spills[^;]*)*$", line)
+    if spill and any(name in line and int(spill[1]) <= most for name, most in FASTER.items()):
+        return True
     if " default " not in line or not spill:
         return False
     return "'float'" in line or "second_short" in line or int(spill[1]) <= SLIGHT_SPILL
@@ -87,6 +92,43 @@ def test_a_tile_that_is_too_large_is_found() -> None:
     assert "spills registers" in large, done.stderr
     assert "bytes of shared memory, sm_90 has 232448" in large
     assert good == ""
+
+
+OVERWRITTEN = """
+import torch
+from theria.ops.triton.tiles import Tile
+from theria.testing.compile import compile_kernel
+for held in (True, False):
+    tile, shape = Tile(128, 64, 8, 3, held=held), (2, 2, 130, 130, 80, 48)
+    (made,) = compile_kernel("forward", tile, 90, shape, torch.bfloat16, True)
+    print("; ".join(made.faults(wgmma=True)))
+"""
+
+
+def test_a_program_that_overwrites_its_operands_is_found() -> None:
+    """Its output was 9 % off on an H200."""
+    done = run("-c", OVERWRITTEN)
+    held, read = done.stdout.split("\n")[:2]
+    assert re.fullmatch(r"computes with \d+ overwritten registers", held), done.stderr
+    assert read == ""
+
+
+LOOP = """
+.L_x_2:
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, R60, gdesc[UR16], R24 ;
+        /*0010*/                   F2FP.BF16.F32.PACK_AB R60, R154, R153 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R88, R60, gdesc[UR12].tnspB, R88 ;
+        /*0030*/                   {restored}
+        /*0040*/              @!P2 BRA `(.L_x_2) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("restored", "lost"),
+    [("IMAD.IADD R5, R6, 0x1, R7 ;", 1), ("IMAD.MOV.U32 R60, RZ, RZ, R223 ;", 0), ("LDS.128 R60, [R223] ;", 0)],
+)
+def test_an_operand_may_be_restored(restored: str, lost: int) -> None:
+    assert len(lost_operands(LOOP.format(restored=restored).splitlines())) == lost
 
 
 def test_a_kernel_without_wgmma_is_found() -> None:

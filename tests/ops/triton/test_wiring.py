@@ -115,7 +115,9 @@ def test_layouts_give_what_contiguous_copies_give(name: str) -> None:
     results = [
         sdpa_hvp(q, k, v, layouts[name](rand(2, 2, 6, 4)) * 0 + do, *t, backend="triton") for q, k, v in (x, copies)
     ]
-    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+    # on a device an unaligned tensor has a program of its own, which may order its additions differently
+    exact = DEVICE == "cpu" or name != "offset"
+    assert all(a.equal(b) if exact else difference((a,), (b,)) <= TRITON_F32 for a, b in zip(*results, strict=True))
 
 
 def test_outputs_have_the_layout_of_the_queries() -> None:

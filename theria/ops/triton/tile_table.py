@@ -8,7 +8,7 @@ TABLE: dict[tuple[str, int, str, bool, int, int], tuple[int, int, int, int, bool
     ("forward", 64, "half", False, 90, 0): (128, 64, 8, 3, False, False),
     ("forward", 64, "half", True, 90, 0): (64, 64, 4, 3, False, False),
     ("forward", 128, "half", False, 90, 0): (128, 128, 8, 2, False, False),
-    ("forward", 128, "half", True, 90, 0): (128, 64, 8, 3, False, True),
+    ("forward", 128, "half", True, 90, 0): (128, 64, 8, 3, False, False),
     ("forward", 64, "float", False, 90, 0): (128, 64, 8, 2, False, False),
     ("forward", 64, "float", True, 90, 0): (128, 64, 8, 2, False, False),
     ("vjp_dq", 16, "half", False, 90, 0): (64, 64, 4, 3, False, False),
