@@ -8,7 +8,10 @@ or forward mode. The gradient of `vmap(grad(loss))`, which is MAML unrolled over
 
 `F.mse_loss` raises under `jvp(grad)` ("ZeroTensors are immutable") and `F.huber_loss` has no such derivative.
 
-Inside `second_order` all five are computed by plain operations, which are right in every composition.
+`torch.linalg.solve` and determinants: see NOTE [PyTorch's solve and determinants over forward mode] in
+`theria.curvature.dense`.
+
+Inside `second_order` all are computed by operations that are right in every composition.
 """
 
 from collections.abc import Callable
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from theria.curvature import dense
 
 
 def standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -137,6 +142,7 @@ _REPLACEMENTS = {
     F.instance_norm: instance_norm,
     F.mse_loss: mse_loss,
     F.huber_loss: huber_loss,
+    **dense.REPLACEMENTS,
 }
 
 
@@ -146,7 +152,7 @@ class _Mode(TorchFunctionMode):
 
 
 def second_order(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with the five functions of this module in place of PyTorch's, in modules too."""
+    """The function, with the functions of this module and of `dense` in place of PyTorch's, in modules too."""
 
     @wraps(function)
     def replaced(*args: Any, **kwargs: Any) -> Any:

@@ -79,4 +79,13 @@ def ridge_regression(x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
     s, d = x.shape
     gram = x @ x.T if s < d else x.T @ x
     system = gram + strength * torch.eye(min(s, d), dtype=x.dtype, device=x.device)
-    return x.T @ torch.linalg.solve(system, y) if s < d else torch.linalg.solve(system, x.T @ y)
+    return x.T @ _solve_definite(system, y) if s < d else _solve_definite(system, x.T @ y)
+
+
+def _solve_definite(A: Tensor, b: Tensor) -> Tensor:
+    """A^-1 b by Cholesky, NaN where A is not positive definite.
+
+    Not `torch.linalg.solve`: see NOTE [PyTorch's solve and determinants over forward mode] in `theria.curvature.dense`.
+    """
+    factor, info = torch.linalg.cholesky_ex(A)
+    return torch.cholesky_solve(b, torch.where(info == 0, factor, torch.full_like(factor, float("nan"))))
