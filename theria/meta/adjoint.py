@@ -14,6 +14,7 @@ from theria.meta.constant import constant, plain_gradient
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.recompute import Layout, recompute
 from theria.meta.replay import Replay, closed_over_vmap, probe
+from theria.meta.values import check_problem
 
 Context = Any  # a pytree of tensors: everything else the inner loss depends on
 InnerLoss = Callable[[Params, Context], Tensor]
@@ -46,7 +47,10 @@ class Adjoint(ABC):
             context: a pytree with every other differentiable input (data, parameters that are not adapted).
             optimiser: makes the updates, from `optimiser.init(params)`.
             hyper: learned quantities of the optimiser, see `optimiser.hyper`.
-            steps: number of updates; 0 returns `params`.
+            steps: number of updates; with 0 the value is `params`.
+
+        Raises:
+            TypeError: for `params` that are no dict of tensors, and for an optimiser that is a class.
         """
 
 
@@ -80,6 +84,7 @@ class Unrolled(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
+        check_problem(params, optimiser)
         inner_loss, state = second_order(inner_loss), optimiser.init(params)
         if self.checkpoint_every is not None and steps:
             replay = probe(self, inner_loss, params, context, optimiser, hyper)
@@ -159,6 +164,7 @@ class FirstOrder(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
+        check_problem(params, optimiser)
         return first_order_steps(second_order(inner_loss), params, context, optimiser, hyper, steps)[0]
 
 

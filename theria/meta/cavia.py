@@ -58,7 +58,7 @@ class CAVIA(GradientLearner):
 
         theta = self._theta(meta_params)
         hyper = self._hyper(meta_params)
-        return self.adjoint.solve(loss, self._start(theta), (theta, x, y), self.inner, hyper, steps)
+        return self._solve(loss, self._start(theta), (theta, x, y), hyper, steps)
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
         return self._function(self._theta(meta_params), x, adapted["context"])

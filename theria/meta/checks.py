@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from theria.meta.adjoint import Adjoint
 from theria.meta.implicit_adjoint import Identity, Implicit
 from theria.meta.solvers.loop import readable
+from theria.meta.values import check_optimiser, check_value
 
 Adapt = Callable[[str], bool] | str | Sequence[str] | None
 
@@ -34,10 +35,8 @@ def check_tasks(chunk_size: int | None, randomness: str) -> None:
 
 def check_inner(inner: Any, adjoint: Any) -> None:
     """Both are values, not classes or numbers."""
-    if not isinstance(adjoint, Adjoint):
-        raise TypeError(f"adjoint={adjoint!r}: give a value such as MixedMode() or Unrolled()")
-    if isinstance(inner, type) or not hasattr(inner, "update"):
-        raise TypeError(f"inner={inner!r}: give an inner optimiser such as theria.meta.SGD(lr=0.1)")
+    check_value("adjoint", adjoint, Adjoint, "an adjoint such as MixedMode() or Unrolled()")
+    check_optimiser("inner", inner)
 
 
 def check_start(adjoint: Adjoint, learned: bool) -> None:

@@ -12,6 +12,7 @@ from torch._C import _functorch  # type: ignore[attr-defined]
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.optimisers import SGD, Adam, Hyper, InnerOptimiser, Params
 from theria.meta.optimisers.hyperparameters import Chosen
+from theria.meta.values import check_problem
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Higher(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
+        check_problem(params, optimiser)
         higher = _import_higher()
         if not isinstance(optimiser, (SGD, Adam)):
             raise TypeError(

@@ -85,7 +85,7 @@ class IMAML(GradientLearner):
         """phi_T, all parameters, by the model's own names."""
         theta, fixed = self._split(meta_params)
         hyper = self._hyper(meta_params)
-        final = self.adjoint.solve(self._inner_loss, theta, (fixed, x, y, theta), self.inner, hyper, steps)
+        final = self._solve(self._inner_loss, theta, (fixed, x, y, theta), hyper, steps)
         return {**fixed, **final}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ from theria.meta.implicit.rules import Stationary, Theta
 from theria.meta.levels import freeze
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 from theria.meta.solvers import CG, LinearSolver, Result
+from theria.meta.solvers.base import check_solver
 from theria.meta.solvers.loop import MAX_ITERATIONS
+from theria.meta.values import check_problem
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Implicit(Adjoint):
 
     To every order, in both modes, tasks under vmap. Memory is that of one Hessian product and the solver's vectors,
     whatever the number of steps. The error is that of the steps: the derivative is exact at a minimum, and off by
-    O(||dL/dtheta||) elsewhere; `tolerance` bounds that. With `steps=0` the initial parameters are returned as they are.
+    O(||dL/dtheta||) elsewhere; `tolerance` bounds that. With `steps=0` the initial parameters are taken
+    for the minimum, as by `AID`.
 
     Args:
         solver: of H w = thetabar; default CG to 1e-6 (float32: 1e-4). It reports a Hessian that is not positive
@@ -55,6 +58,8 @@ class Implicit(Adjoint):
 
     def __post_init__(self) -> None:
         _check_tolerance(self.tolerance)
+        if self.solver is not None:
+            check_solver("solver", self.solver)
 
     def solve(
         self,
@@ -123,8 +128,7 @@ def _solve(
     steps: int,
 ) -> Params:
     """The steps on constants, then the derivative of a stationary point."""
-    if steps == 0:
-        return params
+    check_problem(params, optimiser)
     rule = Stationary(second_order(inner_loss))
     final, constants, hyper = freeze((params, context, hyper))
     if differentiating():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from theria.curvature.second_order import second_order
-from theria.meta.adjoint import Adjoint
+from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.checks import (
     Adapt,
     check_inner,
@@ -214,6 +214,10 @@ class GradientLearner(Learner):
         return {
             kind: {name: meta_params[f"rates.{kind}.{as_key(name)}"] for name in self.adapted} for kind in self.rates
         }
+
+    def _solve(self, loss: InnerLoss, start: Params, context: Context, hyper: Hyper, steps: int) -> Params:
+        """The start after so many inner steps. Unadapted it is itself, not what an implicit adjoint takes it for."""
+        return self.adjoint.solve(loss, start, context, self.inner, hyper, steps) if steps else start
 
     def _split(self, meta_params: Mapping[str, Tensor]) -> tuple[Params, Params]:
         """The model's parameters that the inner steps change, and the others."""

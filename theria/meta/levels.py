@@ -32,6 +32,15 @@ def _freeze(x: Tensor) -> Tensor:
         return x.detach()
 
 
+def unshared(tree: Tree) -> Tree:
+    """The pytree with a copy of each tensor whose entries share memory (`expand`): forward mode refuses those."""
+    return pytree.tree_map_only(Tensor, lambda x: x.clone() if _shares(x) else x, tree)
+
+
+def _shares(x: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def first_task(x: Tensor) -> Tensor:
     """A constant without its levels of vmap."""
     with temporarily_clear_interpreter_stack():

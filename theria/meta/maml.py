@@ -72,7 +72,7 @@ class MAML(GradientLearner):
         """theta_T, all parameters, by the model's own names."""
         initial, fixed = self._split(meta_params)
         hyper = self._hyper(meta_params)
-        final = self.adjoint.solve(self._support_loss, initial, (fixed, x, y), self.inner, hyper, steps)
+        final = self._solve(self._support_loss, initial, (fixed, x, y), hyper, steps)
         return {**fixed, **final}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:

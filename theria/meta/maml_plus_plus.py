@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theria.meta.adjoint import Adjoint, FirstOrder, Unrolled
+from theria.meta.adjoint import Adjoint, Context, FirstOrder, InnerLoss, Unrolled
 from theria.meta.checks import Adapt, check_epochs, check_start, check_steps, check_weights
 from theria.meta.functional import Predictor
 from theria.meta.learner import GradientLearner, LossFn
-from theria.meta.optimisers import SGD, InnerOptimiser, Params
+from theria.meta.optimisers import SGD, Hyper, InnerOptimiser, Params
 from theria.meta.trajectory import trajectory
 
 
@@ -70,7 +70,7 @@ class MAMLPlusPlus(GradientLearner):
         """theta_T, all parameters, by the model's own names."""
         initial, fixed = self._split(meta_params)
         hyper = self._hyper(meta_params)
-        final = self._now().solve(self._support_loss, initial, (fixed, x, y), self.inner, hyper, steps)
+        final = self._solve(self._support_loss, initial, (fixed, x, y), hyper, steps)
         return {**fixed, **final}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
@@ -90,6 +90,9 @@ class MAMLPlusPlus(GradientLearner):
             if v
         ]
         return torch.stack(losses).sum()
+
+    def _solve(self, loss: InnerLoss, start: Params, context: Context, hyper: Hyper, steps: int) -> Params:
+        return self._now().solve(loss, start, context, self.inner, hyper, steps) if steps else start
 
     def _now(self) -> Adjoint:
         """How this epoch differentiates the inner loop."""

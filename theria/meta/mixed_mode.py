@@ -25,9 +25,11 @@ from torch.utils import _pytree as pytree
 from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss, check_every, one_step
 from theria.meta.constant import plain_gradient
+from theria.meta.levels import unshared
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.recompute import Layout
 from theria.meta.replay import Replay, closed_over_vmap, probe
+from theria.meta.values import check_problem
 
 Point = tuple[Params, State]
 
@@ -66,10 +68,12 @@ class MixedMode(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
+        check_problem(params, optimiser)
         if steps == 0:
             return params
         inner_loss = second_order(inner_loss)
         replay = probe(self, inner_loss, params, context, optimiser, hyper)
+        params = unshared(params)
         tensors, layout = Layout.split((params, context, hyper))
         n_hyper, every = len(pytree.tree_leaves(hyper)), self.checkpoint_every or 1
         loop = _Loop(inner_loss, optimiser, steps, every, len(params), n_hyper, layout, replay)

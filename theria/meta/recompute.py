@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from theria.meta.levels import unshared
+
 Function = Callable[..., tuple[Tensor, ...]]
 
 
@@ -92,7 +94,7 @@ class _Push:
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
         tensors, tangents = values[: len(self.moving)], values[len(self.moving) :]
         chosen, function = _of(self.function, tensors, self.moving)
-        return torch.func.jvp(function, tuple(chosen), tuple(tangents))[1]
+        return torch.func.jvp(function, tuple(unshared(chosen)), tuple(tangents))[1]
 
 
 def _of(function: Function, tensors: Sequence[Tensor], marked: Sequence[bool]) -> tuple[list[Tensor], Function]:

@@ -7,6 +7,7 @@ import torch
 from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss, first_order_steps
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
+from theria.meta.values import check_problem
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Truncated(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
+        check_problem(params, optimiser)
         inner_loss = second_order(inner_loss)
         early = max(steps - self.steps, 0)
         params, state = first_order_steps(inner_loss, params, context, optimiser, hyper, early)

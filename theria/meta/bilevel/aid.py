@@ -21,6 +21,8 @@ from theria.meta.checks import check_steps
 from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import InnerOptimiser, Params
 from theria.meta.solvers import CG, LinearSolver, Solution
+from theria.meta.solvers.base import check_solver
+from theria.meta.values import check_optimiser
 
 
 class Computed(NamedTuple):
@@ -63,8 +65,8 @@ class AID(Method):
 
     def __post_init__(self) -> None:
         check_steps(self.steps, least=0)
-        if not isinstance(self.solver, LinearSolver):
-            raise TypeError(f"solver={self.solver!r}: give a linear solver such as CG() or Neumann(scale=0.1)")
+        check_optimiser("optimiser", self.optimiser)
+        check_solver("solver", self.solver)
 
     def evaluate(self, problem: BilevelProblem, outer: Tree, inner0: Tree, v0: Tree | None) -> Evaluation:
         batches = (problem.inner_batch, problem.outer_batch)

@@ -18,6 +18,7 @@ from theria.meta.bilevel.trees import Tree, norm
 from theria.meta.checks import check_steps
 from theria.meta.constant import constant, plain_gradient
 from theria.meta.optimisers import InnerOptimiser, Params
+from theria.meta.values import check_optimiser, check_value
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class ITD(Method):
 
     def __post_init__(self) -> None:
         check_steps(self.steps, least=0)
-        if not isinstance(self.adjoint, Adjoint):
-            raise TypeError(f"adjoint={self.adjoint!r}: give a value such as Unrolled() or MixedMode()")
+        check_optimiser("optimiser", self.optimiser)
+        check_value("adjoint", self.adjoint, Adjoint, "an adjoint such as Unrolled() or MixedMode()")
 
     def evaluate(self, problem: BilevelProblem, outer: Tree, inner0: Tree, v0: Tree | None) -> Evaluation:
         if v0 is not None:

@@ -37,6 +37,7 @@ from theria.meta.certificate.point import Point
 from theria.meta.certificate.report import Certificate, Fault
 from theria.meta.certificate.spot_check import SpotCheck, spot_check
 from theria.meta.solvers import CG, MINRES, LinearSolver
+from theria.meta.solvers.base import check_solver
 
 
 def certify(
@@ -82,6 +83,7 @@ def certify(
     """
     check_count("lanczos_steps", lanczos_steps, 1)
     check_count("directions", directions, 0)
+    check_solver("solver", solver := CG() if solver is None else solver)
     generator = generator_of(seed)
     Z, X = Layout.of(inner, "inner"), Layout.of(outer, "outer")
     z, x = Z.ravel(inner, "inner").detach(), X.ravel(outer, "outer").detach()
@@ -89,7 +91,7 @@ def certify(
     with torch.no_grad():
         used = (lambda w: d.hessian(z, x, w)) if hessian is None else Z.on_vectors(hessian)
         if adjoint_vector is None:
-            v = (solver or CG()).solve(used, -d.outer_gradients(z, x)[0], throw=False).value
+            v = solver.solve(used, -d.outer_gradients(z, x)[0], throw=False).value
         else:
             v = Z.ravel(adjoint_vector, "adjoint_vector").detach()
         formula = d.lagrangian(z, x, v)[1]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,15 +14,22 @@ from theria.meta.implicit.linear_solve import attach
 from theria.meta.implicit.rules import Equation, Theta
 from theria.meta.levels import freeze
 from theria.meta.solvers import LinearSolver, Result, Solution, SolverError
+from theria.meta.solvers.base import check_solver
 from theria.meta.solvers.loop import norm
 from theria.meta.solvers.system import Space, conclude
+from theria.meta.values import check_value
 
 Ended = tuple[Tensor, Tensor, Tensor]  # x (N,), its status, its iterations
 UserSolver = Callable[..., Tree]
 
 
 class Method(ABC):
-    """A way to iterate, on vectors (N,). Its `check_every` is that of the linear solvers: see `IterativeSolver`."""
+    """A way to iterate, on vectors (N,). Its `check_every` is that of the linear solvers: see `IterativeSolver`.
+
+    `solves` names the function that it is a solver of: "root", "fixed_point" or "argmin"; "" is any.
+    """
+
+    solves: ClassVar[str] = ""
 
     @abstractmethod
     def run(self, function: Callable[[Tensor], Tensor], x: Tensor, tol: float, bound: int) -> Ended:
@@ -30,6 +38,16 @@ class Method(ABC):
         Args:
             function: what the equation is about, on constants: F, f or the loss.
         """
+
+
+_EXAMPLES = {"root": "Newton()", "fixed_point": "Picard() or Anderson()", "argmin": "LBFGS() or GradientDescent(0.1)"}
+
+
+def check_method(what: str, method: Any) -> None:
+    """A value, and of the kind that iterates on this equation."""
+    check_value("solver", method, Method, f"a way to iterate such as {_EXAMPLES[what]}")
+    if method.solves not in ("", what):
+        raise TypeError(f"solver={method!r} is one of {method.solves}: for {what} give {_EXAMPLES[what]}")
 
 
 class IterationError(SolverError):
@@ -73,6 +91,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.tol >= 0:
             raise ValueError(f"tol={self.tol}: give a number of at least 0, such as 1e-6")
+        check_solver("linear_solver", self.linear_solver)
 
 
 def iterate_to_solution(
@@ -81,6 +100,7 @@ def iterate_to_solution(
     """Run the method on the rule's equation, judge what it gives, attach the rule's derivative."""
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
         raise ValueError(f"max_iter={max_iter!r}: give an integer of at least 1")
+    check_method(request.what, method)
     x, constants = freeze((x0, theta))
     space = Space.of(x, "x0")
     _check_function(request, rule, x, theta)

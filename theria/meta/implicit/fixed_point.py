@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Picard(Method):
         check_every: look every so many iterations whether all tasks are done; None never looks.
     """
 
+    solves: ClassVar[str] = "fixed_point"
+
     damping: float = 1.0
     check_every: int | None = 8
 
@@ -76,6 +78,8 @@ class Anderson(Method):
         ridge: relative weight that keeps g bounded where the differences become linearly dependent.
         check_every: look every so many iterations whether all tasks are done; None never looks.
     """
+
+    solves: ClassVar[str] = "fixed_point"
 
     memory: int = 5
     damping: float = 1.0

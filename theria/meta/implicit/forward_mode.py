@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from theria.meta.constant import plain_gradient
-from theria.meta.levels import carries_derivative
+from theria.meta.levels import carries_derivative, unshared
 
 Tree = Any  # a pytree of tensors
 
@@ -55,7 +55,7 @@ def _without(x: Any, level: int) -> Any:
 def push_forward(function: Callable[[Tree], Tree], x: Tree, tangent: Tree) -> Tree:
     """The derivative of `function` at x along `tangent`, also where a dual level of `torch.autograd` is open."""
     if _forward_mode_is_free():
-        return torch.func.jvp(function, (x,), (tangent,))[1]
+        return torch.func.jvp(function, (unshared(x),), (tangent,))[1]
     value, pull = torch.func.vjp(function, x)[:2]
     return torch.func.vjp(lambda u: pull(u)[0], pytree.tree_map(torch.zeros_like, value))[1](tangent)[0]
 

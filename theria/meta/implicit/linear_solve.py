@@ -14,6 +14,7 @@ from theria.meta.implicit.operators import Args, Operator, Products
 from theria.meta.implicit.rules import Rule, Selected, System, Theta
 from theria.meta.levels import carries_derivative, freeze
 from theria.meta.solvers import GMRES, LinearSolver, Result, Solution
+from theria.meta.solvers.base import check_solver
 from theria.meta.solvers.system import LinearMap
 
 
@@ -49,6 +50,7 @@ def linear_solve(
             differentiated and is no argument.
     """
     solver = solver or GMRES()
+    check_solver("solver", solver)
     operator = Products(matvec, symmetric)
     check_function(matvec, (b, *args), "matvec")
     return solve_system(operator, args, b, solver, throw)
@@ -82,6 +84,9 @@ class Inexact(LinearSolver):
     """
 
     solver: LinearSolver
+
+    def __post_init__(self) -> None:
+        check_solver("solver", self.solver)
 
     def solve(self, matvec: LinearMap, b: Tree, x0: Tree | None = None, *, throw: bool = True) -> Solution:
         solution = self.solver.solve(matvec, b, x0, throw=False)

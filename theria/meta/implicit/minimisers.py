@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from theria.meta.implicit.equation import Ended, Method
 from theria.meta.implicit.forward_mode import hessian_product
 from theria.meta.implicit.search import backtrack
 from theria.meta.solvers import CG, LinearSolver
-from theria.meta.solvers.base import check_count
+from theria.meta.solvers.base import check_count, check_solver
 from theria.meta.solvers.loop import (
     BREAKDOWN,
     CONVERGED,
@@ -38,6 +39,8 @@ class GradientDescent(Method):
         lr: the rate; below 2 / l_max.
         check_every: look every so many iterations whether all tasks are done; None never looks.
     """
+
+    solves: ClassVar[str] = "argmin"
 
     lr: float
     check_every: int | None = 8
@@ -69,6 +72,8 @@ class LBFGS(Method):
         halvings: of one step at most; the solve ends as a breakdown where they do not help.
         check_every: look every so many iterations whether all tasks are done; None never looks.
     """
+
+    solves: ClassVar[str] = "argmin"
 
     memory: int = 10
     halvings: int = 30
@@ -123,9 +128,14 @@ class NewtonCG(Method):
         check_every: look every so many iterations whether all tasks are done; None never looks.
     """
 
+    solves: ClassVar[str] = "argmin"
+
     linear_solver: LinearSolver = _LOOSE
     halvings: int = 30
     check_every: int | None = 1
+
+    def __post_init__(self) -> None:
+        check_solver("linear_solver", self.linear_solver)
 
     def run(self, function: Loss, x: Tensor, tol: float, bound: int) -> Ended:
         def step(state: Vectors) -> Stepped:

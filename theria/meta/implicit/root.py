@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from theria.meta.implicit.frozen import Tree
 from theria.meta.implicit.rules import Root
 from theria.meta.implicit.search import backtrack
 from theria.meta.solvers import GMRES, LinearSolver, Solution
+from theria.meta.solvers.base import check_solver
 from theria.meta.solvers.loop import (
     BREAKDOWN,
     CONVERGED,
@@ -48,9 +49,14 @@ class Newton(Method):
         check_every: look every so many iterations whether all tasks are done; None never looks.
     """
 
+    solves: ClassVar[str] = "root"
+
     linear_solver: LinearSolver = _TIGHT
     halvings: int = 20
     check_every: int | None = 1
+
+    def __post_init__(self) -> None:
+        check_solver("linear_solver", self.linear_solver)
 
     def run(self, function: Callable[[Tensor], Tensor], x: Tensor, tol: float, bound: int) -> Ended:
         def step(state: Vectors) -> Stepped:

@@ -3,11 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from theria.meta.solvers.solution import Solution
 from theria.meta.solvers.system import LinearMap, Space, System, Tree, on_vectors, without_gradient
+from theria.meta.values import check_value
 
 
 class LinearSolver(ABC):
@@ -33,6 +35,11 @@ class LinearSolver(ABC):
             SolverError: with `throw`, naming result, residual and iterations.
             ValueError: for structures, shapes or dtypes that do not fit, and for what is being differentiated.
         """
+
+
+def check_solver(name: str, solver: Any) -> None:
+    """A linear solver, as a value."""
+    check_value(name, solver, LinearSolver, "a linear solver such as CG() or GMRES()")
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
