@@ -165,12 +165,20 @@ HOW: dict[str, Check] = {
     "python scripts/bench_meta.py --threads 2 --out docs/benchmarks/outer_gradient_cpu.json": names(
         "scripts/bench_meta.py"
     ),
+    "python scripts/bench_meta.py --steps 5 10 20 50 --rate 0.01 --tasks 1 --repeats 0 "
+    "--out docs/benchmarks/outer_gradient_steps_cpu.json": names("scripts/bench_meta.py"),
+    # tests/experiments/test_bilevel.py runs both in small
+    **{
+        f"python -m experiments.bilevel experiment={name}": names(f"configs/experiment/{name}.yaml")
+        for name in ("hyper_cleaning", "ridge_hyperparameter")
+    },
     # the GPU: scripts/gpu_check.sh has its tests in tests/test_scripts.py
     "bash scripts/gpu_check.sh outputs/gpu": names("scripts/gpu_check.sh"),
     **{
         f"python {path} {rest}": measures_on_a_gpu(path, *rest.split())
         for path, rest in (
             ("scripts/bench.py", "--gpu --out outputs/gpu"),
+            ("scripts/bench_outer.py", "--out outputs/gpu"),
             ("scripts/bench.py", "--gpu --out outputs/gpu --sections short --candidates theria"),
             ("scripts/tune.py", "--out outputs/gpu --minutes 8 --write"),
             ("scripts/tune.py", "--out outputs/gpu --kernels hvp_dkv --widths 128 --kinds half"),
@@ -208,6 +216,7 @@ HOW: dict[str, Check] = {
     f"python {DECODER} --backend custom --device cpu --steps 300 --lr 3e-3 --use-synthetic-task": runs(
         DECODER, "--backend", "custom", "--device", "cpu", "--steps", "3", "--lr", "3e-3", "--use-synthetic-task"
     ),
+    "python examples/deep_equilibrium.py": runs("examples/deep_equilibrium.py", "--steps", "3"),
     "python examples/maml_sinusoid.py --steps 3000": runs("examples/maml_sinusoid.py", "--steps", "3"),
     "python examples/maml_sinusoid.py --steps 3000 --adjoint mixed_mode": runs(
         "examples/maml_sinusoid.py", "--steps", "3", "--adjoint", "mixed_mode"
