@@ -104,7 +104,8 @@ def probe(
         random = not all(torch.equal(a, b) for a, b in zip(before, states.current(), strict=True))
     if carries_derivative(loss):
         raise ValueError(_LOST.format(adjoint=adjoint, what="the inner loss"))
-    if mapped(loss):  # a backward under another vmap would take it for that one's
+    # A backward under another vmap would take it for that one's. Draws that differ from task to task are mapped, too.
+    if mapped(loss) and not random:
         raise ValueError(_MAPPED.format(adjoint=adjoint))
     moved = optimiser.update(params, optimiser.init(params), params, hyper)  # of any gradient, such as the parameters
     if any(carries_derivative(leaf) for leaf in pytree.tree_leaves(moved)):
