@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from theria.meta import SGD, Higher, MixedMode, Unrolled
+from theria.meta import SGD, Higher, MixedMode, RMSprop, Unrolled
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_higher_says_what_it_cannot_do(problem):
     with pytest.raises(NotImplementedError, match=r"inside torch\.func"):
         problem.gradient(Higher())
     with pytest.raises(TypeError, match="runs SGD and Adam only"):
-        Higher().solve(problem.inner_loss, problem.arguments[0], {}, object(), {}, 1)  # type: ignore[arg-type]
+        Higher().solve(problem.inner_loss, problem.arguments[0], {}, RMSprop(0.1), {}, 1)
 
 
 def test_higher_missing_names_the_extra(problem, monkeypatch):

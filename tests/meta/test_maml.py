@@ -283,7 +283,7 @@ BAD_ARGUMENTS = [
     ({"adapt": ["head.weights"]}, ValueError, r"did you mean 'head\.weight'"),
     ({"adapt": []}, ValueError, "adapt is empty"),
     ({"adapt": lambda name: False}, ValueError, "selects none of the parameters body"),
-    ({"adjoint": MixedMode}, TypeError, r"give a value such as MixedMode\(\)"),
+    ({"adjoint": MixedMode}, TypeError, r"write MixedMode\(\)"),
     ({"inner": 0.1}, TypeError, r"inner=0\.1: give an inner optimiser"),
     ({"randomness": "yes"}, ValueError, "randomness='yes'"),
     ({"chunk_size": 0}, ValueError, "chunk_size=0"),

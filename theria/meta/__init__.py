@@ -12,15 +12,15 @@
 | implicit functions | `root`, `fixed_point`, `argmin`, `custom_root`, `custom_fixed_point`, `linear_solve` |
 | bilevel problems | `BilevelProblem` with `ITD`, `AID`; `SOBA`, `SABA`, `F2SA`; `PES`, `TruncatedES` |
 
-`certify` bounds the error of a hypergradient, `CapturedStep` records an outer step as one CUDA graph, and `processes`
-shares tasks among several processes.
+`certify` bounds the error of a hypergradient, `spot_check` compares any gradient with differences, `CapturedStep`
+records an outer step as one CUDA graph, and `processes` shares tasks among several processes.
 """
 
 from theria.meta.adjoint import Adjoint, FirstOrder, Unrolled
 from theria.meta.bilevel import AID, F2SA, ITD, SABA, SOBA, BilevelProblem
 from theria.meta.capture import CapturedStep
 from theria.meta.cavia import CAVIA, ExtraInputs, FiLM
-from theria.meta.certificate import Certificate, certify
+from theria.meta.certificate import Certificate, SpotCheck, certify, spot_check
 from theria.meta.distributed import Processes, processes
 from theria.meta.evolution import PES, TruncatedES
 from theria.meta.higher_engine import Higher
@@ -77,6 +77,7 @@ __all__ = [
     "RMSprop",
     "Reptile",
     "Schedule",
+    "SpotCheck",
     "Truncated",
     "TruncatedES",
     "Unrolled",
@@ -88,4 +89,5 @@ __all__ = [
     "linear_solve",
     "processes",
     "root",
+    "spot_check",
 ]

@@ -19,8 +19,8 @@ from theria.meta.optimisers import SGD, InnerOptimiser, Params
 class IMAML(GradientLearner):
     """MAML whose inner problem has a minimum that does not forget where it began, differentiated at that minimum.
 
-    phi* = argmin_phi G(phi, theta),   G = support loss(phi) + strength / 2 |phi - theta|^2   (section 2.2, equation 4)
-    d phi* / d theta = (I + H / strength)^-1 = strength (H + strength I)^-1                    (Lemma 1)
+        phi* = argmin_phi G(phi, theta),   G = support loss(phi) + strength / 2 |phi - theta|^2   (section 2.2, eq. 4)
+        d phi* / d theta = (I + H / strength)^-1 = strength (H + strength I)^-1                    (Lemma 1)
 
     with H the Hessian of the support loss at phi*. By default `Implicit(CG())` solves with the Hessian of G, which is
     H + strength I; relative to the right-hand side that is the paper's system (I + H / strength) g = v (Algorithm 2),

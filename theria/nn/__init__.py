@@ -4,6 +4,7 @@ from theria.nn.attention import MultiheadAttention
 from theria.nn.classifier import TransformerClassifier
 from theria.nn.convnet import ConvNet4
 from theria.nn.embedding import ConvStem, PatchEmbedding
+from theria.nn.equilibrium import DeepEquilibrium, EquilibriumBlock
 from theria.nn.in_context import ContextTransformer, InContextClassifier, InContextRegressor
 from theria.nn.mlp import MLP
 from theria.nn.norm import BatchNorm2d, LayerNorm
@@ -15,6 +16,8 @@ __all__ = [
     "ContextTransformer",
     "ConvNet4",
     "ConvStem",
+    "DeepEquilibrium",
+    "EquilibriumBlock",
     "InContextClassifier",
     "InContextRegressor",
     "LayerNorm",

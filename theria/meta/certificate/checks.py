@@ -1,5 +1,6 @@
 """The checks of the derivatives themselves, and what a certificate finds wrong."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,9 +42,7 @@ def look(
 ) -> tuple[Finding, ...]:
     """What is wrong, causes before consequences."""
     eps = torch.finfo(point.z.dtype).eps
-    scale = max(
-        norm(point.p), 100 * eps * norm(point.d.outer_gradients(point.z, point.x)[1]), torch.finfo(torch.float64).tiny
-    )
+    scale = _scale(point, estimate)
     found = []
     # Rounding of a product is near eps, of the extrapolated differences near eps^(4/5): room for large networks.
     if not checks.symmetry <= eps**0.5:
@@ -66,6 +65,14 @@ def look(
     if spot is not None:
         found += _of_spot_check(spot, estimate, scale)
     return tuple(found)
+
+
+def _scale(point: Point, estimate: Terms) -> float:
+    """What errors are relative to: the hypergradient given, or what it should be where that is larger (given as 0)."""
+    along_x, formula = point.d.outer_gradients(point.z, point.x)[1], point.lagrangian[1]
+    rounding = 100 * torch.finfo(point.z.dtype).eps * max(norm(along_x), norm(formula - along_x))
+    known = [term for term in estimate if math.isfinite(term)]
+    return max(norm(point.p), norm(formula), *known, rounding, torch.finfo(torch.float64).tiny)
 
 
 def _of_spot_check(spot: SpotCheck, estimate: Terms, scale: float) -> list[Finding]:

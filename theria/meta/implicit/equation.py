@@ -54,15 +54,8 @@ class IterationError(SolverError):
     """A nonlinear solve did not reach its tolerance. The attributes are those of `SolverError`."""
 
     def __init__(self, what: str, error: SolverError) -> None:
-        self.result, self.residual = error.result, error.residual
-        self.iterations, self.tasks = error.iterations, error.tasks
-        which = f"{len(self.tasks)} tasks, the first of them task {self.tasks[0]}: " if self.tasks else ""
-        after = f" after {self.iterations} iterations" if self.iterations else ""
-        RuntimeError.__init__(
-            self,
-            f"{what} did not converge ({which}{self.result.name}, residual {self.residual:.3e}{after}): "
-            f"{_ADVICE[self.result]}. With throw=False the solution is returned with its result instead",
-        )
+        parts = error.result, error.residual, error.iterations, error.tasks, error.of
+        super().__init__(*parts, what=what, advice=_ADVICE[error.result])
 
 
 _ADVICE = {

@@ -38,31 +38,47 @@ _ADVICE = {
     ),
     Result.indefinite: (
         "the operator (or the preconditioner) is not positive definite: a direction of negative or zero curvature "
-        "was met, so the inner problem may not be at a minimum; add damping, optimise the inner problem further, or "
-        "use MINRES (symmetric) or GMRES if a saddle point is meant"
+        "was met, so the inner problem may not be at a minimum; add damping (for IMAML: raise strength), optimise the "
+        "inner problem further, or use MINRES (symmetric) or GMRES if a saddle point is meant"
     ),
     Result.non_finite: "NaN or infinity in b, x0, the operator or the preconditioner: look for it in the inner problem",
 }
 
 
 class SolverError(RuntimeError):
-    """A linear solve failed.
+    """A solve failed.
 
     Attributes:
         result: how; of several failed tasks, that of the first.
         residual: of the same task.
         iterations: of the same task.
         tasks: the positions of the failed tasks in the flattened batch; empty for a single solve.
+        of: the number of tasks.
     """
 
     def __init__(
-        self, result: Result, residual: float, iterations: int, tasks: Sequence[int] = (), of: int = 1
+        self,
+        result: Result,
+        residual: float,
+        iterations: int,
+        tasks: Sequence[int] = (),
+        of: int = 1,
+        *,
+        what: str = "linear solve",
+        advice: str | None = None,
     ) -> None:
-        self.result, self.residual, self.iterations, self.tasks = result, residual, iterations, tuple(tasks)
+        """
+        Args:
+            what: what was solved.
+            advice: what to do; default the result's, which is that of linear solves.
+        """
+        self.result, self.residual, self.iterations = result, residual, iterations
+        self.tasks, self.of = tuple(tasks), of
         which = f"{len(self.tasks)} of {of} tasks, the first of them task {self.tasks[0]}: " if self.tasks else ""
+        after = f" after {iterations} iterations" if iterations else ""  # 0 where they are not known, too
         super().__init__(
-            f"linear solve failed ({which}{result.name}, residual {residual:.3e} after {iterations} iterations): "
-            f"{result.advice}. With throw=False the solution is returned with its result instead"
+            f"{what} did not converge ({which}{result.name}, residual {residual:.3e}{after}): "
+            f"{advice or result.advice}. With throw=False the solution is returned with its result instead"
         )
 
 
