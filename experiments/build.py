@@ -88,6 +88,8 @@ def check(config: Config) -> None:
         raise UserError(
             f"debug.nan_task={debug.nan_task}: needed is at most {tasks - 1}, the last of task.tasks={tasks}"
         )
+    if config.trainer.capture not in (True, False, "auto"):
+        raise UserError(f"trainer.capture={config.trainer.capture}: needed is auto, true or false")
     precision = config.ops.matmul_precision
     if precision not in PRECISIONS:
         raise UserError(f"ops.matmul_precision={precision}: {nearest(precision, PRECISIONS)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments import checkpoint, health, store
+from experiments.capture import outer_step
 from experiments.config import Config, Schedule, TrainerConfig
 from experiments.errors import Interrupted, NonFiniteError
 from experiments.evaluation import Evaluation, evaluate, metric_name, task_metric
@@ -62,6 +63,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=self.trainer.lr, weight_decay=self.trainer.weight_decay, foreach=True
         )
+        self.outer_step = outer_step(self.trainer.capture, self.learner, self.parameters, self.ranks, self.say)
         self.step = 0  # outer steps done; also the state of the sampler, whose episodes are pure in the step
         self.validated = -1  # the last step that was validated
         self._before, self._begun = 0.0, time.monotonic()
@@ -157,7 +159,7 @@ class Trainer:
             group["lr"] = learning_rate(self.trainer, self.step)
         set_epoch(self.learner, self.config.learner, self.step)
         self.optimiser.zero_grad()
-        loss = self.ranks.backward(self.learner, episode, self.parameters)
+        loss = self.outer_step(episode)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not bool(loss.isfinite() & norm.isfinite()):
             self._stop_nonfinite(episode, loss, norm)

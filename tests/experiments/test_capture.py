@@ -1,0 +1,94 @@
+"""`trainer.capture`: the same steps where nothing can be recorded, and a reason wherever something is not."""
+
+import pytest
+import torch
+
+from experiments import build, capture, checkpoint
+from experiments.errors import UserError
+from theria.meta.distributed import ALONE, Processes
+
+
+@pytest.fixture
+def learner_of(compose_config, tiny):
+    return lambda *overrides: build.build_learner(compose_config(*tiny, "inner.steps=2", *overrides))
+
+
+def outer_step(wanted, learner, ranks=ALONE):
+    """The step and what was said."""
+    said: list[str] = []
+    return capture.outer_step(wanted, learner, list(learner.parameters()), ranks, said.append), said
+
+
+def state(run_dir):
+    return checkpoint.load(checkpoint.saved(run_dir)[-1])
+
+
+def test_without_a_gpu_the_trajectory_is_the_same_to_the_bit(run_here, tmp_path):
+    finals = {}
+    for wanted in ("auto", "false", "true"):
+        result = run_here(tmp_path / wanted, f"trainer.capture={wanted}", "trainer.clip=1", "trainer.device=cpu")
+        finals[wanted] = state(tmp_path / wanted)["learner"], result
+    for wanted in ("false", "true"):
+        assert finals[wanted][1] == finals["auto"][1]
+        for name, value in finals["auto"][0].items():
+            assert torch.equal(value, finals[wanted][0][name])
+
+
+def test_what_is_not_recorded_is_said(learner_of):
+    assert outer_step("auto", learner_of())[1] == []
+    assert outer_step(False, learner_of())[1] == []
+    assert "nothing is recorded on cpu" in outer_step(True, learner_of())[1][0]
+
+
+OBSTACLES = [
+    (["learner=maml_plus_plus"], "epoch"),
+    (["learner=imaml", "adjoint=implicit"], "residuals"),
+    (["learner=imaml", "learner.tol=0.5"], "learner.tol"),
+    (["adjoint=higher"], "higher"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), OBSTACLES)
+def test_what_cannot_be_recorded_is_refused(learner_of, overrides, words):
+    with pytest.raises(UserError, match=rf"{words}.*trainer\.capture=false"):
+        outer_step(True, learner_of(*overrides))
+
+
+def test_several_processes_are_refused(learner_of):
+    with pytest.raises(UserError, match="4 processes"):
+        outer_step(True, learner_of(), Processes(rank=1, size=4))
+
+
+@pytest.mark.parametrize("overrides", [[], ["adjoint=mixed_mode"], ["adjoint=truncated"], ["learner=reptile"]])
+def test_nothing_is_against_the_plain_learners(learner_of, overrides):
+    assert capture.obstacle(learner_of(*overrides), ALONE) is None
+
+
+def test_a_recording_that_fails_names_the_setting(learner_of, monkeypatch):
+    class Fails(capture.CapturedStep):
+        def __call__(self, episode):
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(capture, "CapturedStep", Fails)
+    step, _ = outer_step(True, learner_of())
+    message = "the step cannot be recorded as a CUDA graph: it waits for the device"
+    with pytest.raises(UserError, match=r"trainer\.capture=false"):
+        step(None)  # pyright: ignore[reportArgumentType]
+    message = "after 5 inner steps the gradient of the inner problem is large"
+    with pytest.raises(RuntimeError, match=r"^after 5 inner steps"):
+        step(None)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_wrong_value_is_refused(compose_config):
+    with pytest.raises(UserError, match=r"trainer\.capture=maybe: needed is auto, true or false"):
+        build.check(compose_config("trainer.capture=maybe"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a CUDA device")
+def test_on_a_gpu_the_recorded_steps_reach_the_same_parameters(run_here, tmp_path):
+    """To rounding: cuBLAS may choose other kernels inside a graph."""
+    for wanted in ("false", "true"):
+        run_here(tmp_path / wanted, f"trainer.capture={wanted}", "trainer.device=cuda")
+    plain, recorded = (state(tmp_path / wanted)["learner"] for wanted in ("false", "true"))
+    for name, value in plain.items():
+        torch.testing.assert_close(recorded[name], value, rtol=1e-4, atol=1e-5)
