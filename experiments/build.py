@@ -17,7 +17,6 @@ from experiments.config import (
     FewShotConfig,
     GlyphsConfig,
     InContextConfig,
-    LearnerKind,
     LinearRegressionConfig,
     MLPConfig,
     OmniglotConfig,
@@ -25,6 +24,7 @@ from experiments.config import (
     TaskConfig,
     TransformerConfig,
 )
+from experiments.config_learner import LearnerKind
 from experiments.errors import UserError, nearest
 from experiments.learners import InContextLearner, Learner
 from theria import data

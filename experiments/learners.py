@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from experiments.config import (
+from experiments.config_learner import (
     AdjointConfig,
     AdjointKind,
     InnerConfig,

@@ -9,7 +9,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import build, checkpoint, learners, store
-from experiments.config import AdjointKind, Config
+from experiments.config import Config
+from experiments.config_learner import AdjointKind
 from experiments.errors import UserError, explain
 
 CONFIGS = Path(store.CONFIG_DIR)
