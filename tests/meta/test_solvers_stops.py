@@ -8,7 +8,7 @@ from theria.meta.solvers import CG, GMRES, MINRES, BiCGSTAB, LinearSolver, Neuma
 
 @pytest.mark.parametrize("kind", [CG, GMRES, MINRES, BiCGSTAB, NormalCG, Neumann])
 def test_the_larger_tolerance_counts_and_not_the_sum(kind: type[LinearSolver]) -> None:
-    """Half of what is allowed is aimed at: from a residual of 0.08 with 0.1 allowed by each of the two, steps are made."""
+    """Half of what is allowed is aimed at: a residual of 0.08, with 0.1 allowed by each of the two, is not enough."""
     b = torch.tensor([1.0, 0.0], dtype=torch.float64)
     diagonal = torch.tensor([1.0, 0.5], dtype=torch.float64)
     solution = kind(rtol=0.1, atol=0.1).solve(lambda v: diagonal * v, b, 0.92 * b)  # type: ignore[call-arg]
