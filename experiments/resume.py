@@ -20,6 +20,7 @@ FREE = {
     "trainer.resume",
     "trainer.max_minutes",
     "trainer.threads",
+    "trainer.capture",  # to rounding, as another number of processes
     "trainer.log_every",
     "trainer.health_every",
     "trainer.val_every",
@@ -59,9 +60,13 @@ def check_same(config: Config, saved: dict[str, Any], checkpoint: Path) -> None:
 
 def command(overrides: Sequence[str], run_dir: Path) -> str:
     """What to type to go on, with as many processes as now."""
+    return f"{whole(overrides)} {shlex.join([f'run_dir={run_dir}', 'trainer.resume=true'])}"
+
+
+def whole(overrides: Sequence[str]) -> str:
+    """What to type to have the same run from the start."""
     kept = [item for item in overrides if item.split("=")[0].lstrip("+") not in ("run_dir", "trainer.resume")]
-    program = launch.command("experiments.train")
-    return shlex.join([*program, *kept, f"run_dir={run_dir}", "trainer.resume=true"])
+    return shlex.join([*launch.command("experiments.train"), *kept])
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

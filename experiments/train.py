@@ -44,6 +44,7 @@ from experiments.evaluation import Evaluation
 from experiments.interrupt import SignalWatch
 from experiments.trainer import Parts, Trainer
 from theria.meta.distributed import ALONE, LostProcess, Processes
+from theria.testing.machine import machine
 
 
 def train(settings: Config, run_dir: Path, overrides: list[str], ranks: Processes = ALONE) -> Evaluation:
@@ -71,7 +72,7 @@ def train(settings: Config, run_dir: Path, overrides: list[str], ranks: Processe
         if found is not None:
             trainer.restore(found[1], ranks.first(lambda: _validated(run_dir)))
             shown.say(f"resumed from {found[0]} at step {done}")
-        return _run(trainer)
+        return _run(trainer, resume.whole(overrides))
 
 
 def _begin(settings: Config, run_dir: Path) -> tuple[Path, dict] | None:
@@ -96,13 +97,13 @@ def _tracker(
     return tracking.start(settings.tracking, run_dir, store.container(settings), shown.say, done)
 
 
-def _run(trainer: Trainer) -> Evaluation:
+def _run(trainer: Trainer, command: str) -> Evaluation:
     """Train, evaluate, draw; whatever happens, the tracker is closed."""
     code = 1
     try:
         result = trainer.run()
         if trainer.ranks.is_first:
-            _report(trainer, result)
+            _report(trainer, result, command)
         code = 0
     except errors.UserError as error:
         code = error.exit_code
@@ -115,10 +116,11 @@ def _run(trainer: Trainer) -> Evaluation:
     return result
 
 
-def _report(trainer: Trainer, result: Evaluation) -> None:
+def _report(trainer: Trainer, result: Evaluation, command: str) -> None:
     """results.json, the pictures, and the lines that end a run."""
     parts = trainer.parts
-    record = {"step": trainer.step, "seconds": round(trainer.elapsed, 1), **result.record()}
+    record = {"command": command, "step": trainer.step, "seconds": round(trainer.elapsed, 1)}
+    record |= {**result.record(), "machine": machine()}
     (parts.run_dir / "results.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if trainer.trainer.pictures:
         for path in _draw(trainer, result):

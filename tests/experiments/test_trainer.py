@@ -43,7 +43,10 @@ def test_a_run_leaves_its_configuration_metrics_and_results(run_here, tmp_path):
     assert [row["step"] for row in rows if "gradient/second_order" in row] == [3, 6]
     assert all(row["gradient/norm"] > 0 for row in rows if "gradient/norm" in row)
     assert {key.split("/")[0] for row in rows for key in row} <= {*tracking.GROUPS, "step"}
-    assert json.loads((tmp_path / "results.json").read_text())["mean"] == result.after.mean
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["mean"] == result.after.mean
+    assert record["command"] == "python -m experiments.train inner.learn_lr=true"
+    assert {"torch", "python", "cpu", "theria"} <= record["machine"].keys()
     assert not (tmp_path / "wandb").exists()  # tracking=off
 
 
