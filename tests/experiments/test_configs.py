@@ -1,6 +1,7 @@
 """Every configuration in the repository composes, builds and runs; every wrong one is refused with the right name."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,14 @@ def test_an_experiment_begins_with_its_command(name):
     module, option = command.removeprefix("# python -m ").split()[:2]
     assert option == f"experiment={name}"
     assert importlib.util.find_spec(module)
+
+
+def test_the_committed_result_of_imaml_is_that_of_its_command():
+    record = json.loads((CONFIGS.parent / "docs" / "benchmarks" / "imaml_omniglot" / "results.json").read_text())
+    assert record["command"].startswith(lines_of("imaml_omniglot")[1].removeprefix("# "))
+    assert record["episodes"] >= 600
+    assert record["mean"] - record["ci95"] > 0.8 > 0.25 > record["before"]
+    assert {"torch", "python", "cpu", "theria"} <= record["machine"].keys()
 
 
 @pytest.mark.parametrize(
