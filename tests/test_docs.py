@@ -167,6 +167,10 @@ HOW: dict[str, Check] = {
     ),
     "python scripts/bench_meta.py --steps 5 10 20 50 --rate 0.01 --tasks 1 --repeats 0 "
     "--out docs/benchmarks/outer_gradient_steps_cpu.json": names("scripts/bench_meta.py"),
+    "bash scripts/train.sh experiment=imaml_omniglot task.root=OMNIGLOT_FOLDER": composes(
+        "experiment=imaml_omniglot", "task.root=OMNIGLOT_FOLDER"
+    ),
+    "python -m experiments.deq experiment=deq": names("configs/experiment/deq.yaml"),  # tests/experiments/test_deq.py
     # tests/experiments/test_bilevel.py runs both in small
     **{
         f"python -m experiments.bilevel experiment={name}": names(f"configs/experiment/{name}.yaml")
