@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import triton
-
 PRODUCT = "HGMMA"
 ARITHMETIC = ("F2FP", "FMUL", "FADD", "FFMA", "HADD2", "HMUL2", "HFMA2")  # what makes an operand of numbers
 OPERAND = 4  # registers of the left operand of one instruction
@@ -24,6 +22,8 @@ WIDTHS = {".64": 2, ".128": 4, ".WIDE": 2}
 
 def disassemble(cubin: bytes) -> list[str]:
     """The lines of a kernel's machine code, labels among them, by the disassembler that Triton brings."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
