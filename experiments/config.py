@@ -152,7 +152,7 @@ class TrainerConfig:
     clip: float | None = None  # largest norm of the meta-gradient; null: no clipping
     device: str = "auto"  # auto: cuda where there is one | cpu | cuda | cuda:1
     threads: int | None = None  # torch's CPU threads; null: torch's choice
-    capture: bool | str = "auto"  # record the outer step as a CUDA graph; auto: on CUDA, where it can be | true | false
+    capture: bool | str = False  # record the outer step as a CUDA graph: true | false | auto, on CUDA where it can be
     log_every: int = 10  # steps between metric lines
     health_every: int = 0  # steps between comparisons of the full and the first-order meta-gradient; 0: never
     val_every: int = 250  # steps between validations; 0: never
