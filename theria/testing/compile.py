@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from theria.ops.triton.tile_table import TABLE
 from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, WIDTHS, Key, Tile, is_short, lookup, measured, override
 from theria.testing.kernels import RULES, Launch, launches, make_problem, name_of, short_sides
-from theria.testing.sass import disassemble, lost_operands
+from theria.testing.sass import disassemble, lost_operands, told_by
 
 KB = 1024
 # The most that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability).
@@ -142,12 +138,8 @@ def ought_to_use_wgmma(kernel: str, tile: Tile, dtype: torch.dtype, arch: int) -
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK and the like of a binary's one kernel, by the tool that Triton brings."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        shown = subprocess.run([str(tool), "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    """REG, STACK and the like of a binary's one kernel."""
+    shown = told_by("cuobjdump", cubin, "-res-usage")
     line = next(line for line in shown.splitlines() if "REG:" in line)
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
 

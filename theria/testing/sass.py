@@ -20,16 +20,20 @@ OPERAND = 4  # registers of the left operand of one instruction
 WIDTHS = {".64": 2, ".128": 4, ".WIDE": 2}
 
 
-def disassemble(cubin: bytes) -> list[str]:
-    """The lines of a kernel's machine code, labels among them, by the disassembler that Triton brings."""
+def told_by(tool: str, cubin: bytes, *arguments: str) -> str:
+    """What one of the tools that Triton brings says of a kernel's binary."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([str(tool), "-c", file.name], check=True, capture_output=True, text=True)
-    return done.stdout.splitlines()
+        return subprocess.run([str(path), *arguments, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def disassemble(cubin: bytes) -> list[str]:
+    """The lines of a kernel's machine code, labels among them."""
+    return told_by("nvdisasm", cubin, "-c").splitlines()
 
 
 def lost_operands(lines: list[str]) -> list[str]:
