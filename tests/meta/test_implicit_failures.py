@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 
+from tests.meta.implicit_cases import N, close, contraction, randn, zeros
 from theria.meta.implicit import (
     Anderson,
     GradientDescent,
@@ -23,27 +24,6 @@ from theria.meta.implicit import (
     root,
 )
 from theria.meta.solvers import CG, GMRES, MINRES, Dense, Neumann, Result, SolverError
-
-EXACT = 1e-10  # float64, solves to 1e-12 of systems with condition numbers below 1e2
-N = 6
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def zeros(n: int = N) -> Tensor:
-    return torch.zeros(n, dtype=torch.float64)
-
-
-def close(actual, expected, tol=EXACT):
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
-
-
-def contraction(radius: float, n: int = N, seed: int = 0) -> Tensor:
-    """A matrix with eigenvalues in [-radius, radius], the largest met, and far from symmetric."""
-    basis = torch.eye(n, dtype=torch.float64) + 0.3 * randn(n, n, seed=seed)
-    return basis @ torch.diag(torch.linspace(-0.5, 1, n, dtype=torch.float64) * radius) @ torch.linalg.inv(basis)
 
 
 def spd(low: float, high: float, n: int = N, seed: int = 0) -> Tensor:
