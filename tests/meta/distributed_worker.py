@@ -1,5 +1,6 @@
 """One process of test_distributed.py: `python distributed_worker.py WHAT FOLDER`, as torchrun would start it."""
 
+import importlib
 import os
 import sys
 import time
@@ -91,33 +92,37 @@ def parallel(ranks: Processes) -> dict[str, object]:
     return {"alone": alone, "parallel": {name: p.grad for name, p in learner.named_parameters()}}
 
 
+def threads() -> list[str]:
+    """The names of this process's threads, which gloo gives to its own."""
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+
 def lost(ranks: Processes, out: Path, how: str) -> dict[str, object]:
-    """The last process goes while the others wait for it; what they are told, and after how long."""
+    """The last process goes while the others wait for it."""
     ranks.most([0.0])
     if ranks.rank == ranks.size - 1:
         out.touch()
         if how == "dies":
             os.kill(os.getpid(), 9)
         time.sleep(600)
-    begun = time.monotonic()
     learner, episode = learner_and_episode("unrolled")
-    try:
-        ranks.backward(learner, episode, list(learner.parameters()))
-    except LostProcess as error:
-        return {"told": str(error), "seconds": time.monotonic() - begun}
-    return {"told": "", "seconds": 0.0}
+    ranks.backward(learner, episode, list(learner.parameters()))
+    return {}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     what, folder = sys.argv[1], Path(sys.argv[2])
     out = folder / os.environ.get("RANK", "0")
-    with processes("cpu", timeout=float(os.environ.get("TIMEOUT", "300"))) as ranks:
-        if what in ("dies", "hangs"):
-            result = lost(ranks, out, what)
-        else:
-            result = {"gradients": gradients, "messages": messages, "parallel": parallel}[what](ranks)
-        torch.save(result, out)
+    work = {"gradients": gradients, "messages": messages, "parallel": parallel}
+    begun = time.monotonic()
+    try:
+        with processes("cpu", timeout=float(os.environ.get("TIMEOUT", "300"))) as ranks:
+            importlib.import_module("torch.distributed.nn.functional")  # whose default arguments keep the group
+            result = lost(ranks, out, what) if what in ("dies", "hangs") else work[what](ranks)
+    except LostProcess as error:
+        result = {"told": str(error), "seconds": time.monotonic() - begun}
+    torch.save({**result, "threads": threads()}, out)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,13 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         for process in running[:survivors]:
             output = process.communicate(timeout=BUSY)[0]
             assert process.returncode == 0, output
-        return [
+        results = [
             torch.load(folder / str(rank), weights_only=False)
             for rank in range(size if survivors is None else survivors)
         ]
+        for result in results:  # one that lives on may abort the program when Python ends
+            assert not [name for name in result.pop("threads") if "gloo" in name]
+        return results
 
     yield start
     for process in running:
@@ -162,4 +165,4 @@ def test_a_lost_process_is_an_error_within_the_timeout(launch: Launch, how: str)
     results = launch(how, 3, survivors=2, TIMEOUT="5")
     for rank, result in enumerate(results):
         assert f"process {rank} of 3, waiting for the others: another process is gone" in result["told"]
-        assert result["seconds"] < 60  # 5 and what a busy machine adds; the one that hangs does so for 600
+        assert result["seconds"] < 120  # 5 and what a busy machine adds; the one that hangs does so for 600

@@ -17,10 +17,19 @@ NOTE [control runs on the CPU]. What the processes tell each other beside gradie
 GPUs too: it waits for no kernel. A message of it precedes each sum of gradients, because gloo notices a process that is
 gone at once, and one that hangs within the timeout, by an error that can be caught; NCCL would wait with it and end the
 program from another thread.
+
+NOTE [threads end before Python does]. A thread of gloo gives back the tensors of an operation after it has told the
+waiting thread that it is done, and takes Python's lock for that. If Python is ending by then, the thread is made to
+exit from a place that does not allow it and the program aborts ("terminate called without an active exception"), after
+all its work was done. Destroying a group joins its threads, but only once nothing refers to it any more. Two things do:
+functions of torch.distributed.nn.functional, whose default arguments are the group of the moment of their import, which
+PyTorch does late; and the frames of an error that it raised.
 """
 
+import importlib
 import os
 import pickle
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,6 +218,7 @@ class Processes:
             yield
         except RuntimeError as error:  # what torch.distributed raises for a closed connection and for a timeout
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            traceback.clear_frames(error.__traceback__)  # see NOTE [threads end before Python does]
             raise LostProcess(
                 f"process {self.rank} of {self.size}, {doing}: another process is gone or did not answer ({reason})"
             ) from error
@@ -256,6 +266,7 @@ def processes(device: str = "auto", timeout: float = 600.0) -> Iterator[Processe
     if cuda:
         _take_gpu(int(os.environ["LOCAL_RANK"]))
     rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    importlib.import_module("torch.distributed.nn.functional")  # see NOTE [threads end before Python does]
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
@@ -263,7 +274,9 @@ def processes(device: str = "auto", timeout: float = 600.0) -> Iterator[Processe
     try:
         yield current()
     except LostProcess:
-        raise  # leaving in order would wait for the process that is gone
+        if not cuda:  # gloo's operations have failed by now; NCCL's might wait for the process that is gone
+            dist.destroy_process_group()
+        raise
     except BaseException:
         dist.destroy_process_group()
         raise
