@@ -52,11 +52,15 @@ LEAST = {
     "trainer.threads": 1,
     "trainer.log_every": 1,
     "trainer.health_every": 0,
+    "trainer.health_share": 0,
     "trainer.val_every": 0,
     "trainer.val_episodes": 1,
     "trainer.test_episodes": 1,
     "trainer.eval_tasks": 1,
     "trainer.checkpoint_every": 1,
+    "trainer.checkpoint_minutes": 0,
+    "trainer.keep": 1,
+    "trainer.ema": 0,
     "trainer.process_timeout": 1,
     "tracking.timeout": 0,
     "debug.nan_task": 0,
@@ -90,6 +94,11 @@ def check(config: Config) -> None:
         )
     if config.trainer.capture not in (True, False, "auto"):
         raise UserError(f"trainer.capture={config.trainer.capture}: needed is auto, true or false")
+    every, keep, ema = config.trainer.checkpoint_every, config.trainer.keep, config.trainer.ema
+    if keep is not None and keep % every:
+        raise UserError(f"trainer.keep={keep}: needed is a multiple of trainer.checkpoint_every={every}, or null")
+    if ema is not None and ema >= 1:
+        raise UserError(f"trainer.ema={ema}: needed is a decay below 1, such as 0.999, or null for no average")
     precision = config.ops.matmul_precision
     if precision not in PRECISIONS:
         raise UserError(f"ops.matmul_precision={precision}: {nearest(precision, PRECISIONS)}")

@@ -154,12 +154,16 @@ class TrainerConfig:
     threads: int | None = None  # torch's CPU threads; null: torch's choice
     capture: bool | str = False  # record the outer step as a CUDA graph: true | false | auto, on CUDA where it can be
     log_every: int = 10  # steps between metric lines
-    health_every: int = 0  # steps between comparisons of the full and the first-order meta-gradient; 0: never
+    health_every: int = 0  # steps between the panels: meta-gradients, inner steps, curvature, pictures; 0: never
+    health_share: float = 0.05  # of the run's time that the panels may take, beyond a few seconds
     val_every: int = 250  # steps between validations; 0: never
     val_episodes: int = 100  # episodes of a validation
     test_episodes: int = 600  # episodes of the final evaluation; 600 or more for a figure worth reporting
     eval_tasks: int = 20  # tasks evaluated at once
     checkpoint_every: int = 100  # steps between checkpoints; the last two are kept
+    checkpoint_minutes: float | None = None  # most minutes of wall clock without one; null: steps alone decide
+    keep: int | None = None  # keep those at its multiples for good, a multiple of checkpoint_every; null: none of them
+    ema: float | None = None  # decay of an average of the parameters, evaluated in their place; null: none
     process_timeout: float = 600.0  # under torchrun: seconds that a process waits for another before the run ends
     resume: bool | str = False  # true: from the newest checkpoint of run_dir | a checkpoint file or run directory
     pictures: bool = True  # draw the learning curve and an episode

@@ -22,6 +22,16 @@ def inner_rates(learner: nn.Module) -> tuple[float, float] | None:
     return (float(torch.cat(rates).mean()), float(torch.cat(rates).min())) if rates else None
 
 
+def layer_rates(learner: nn.Module) -> dict[str, float]:
+    """The mean learned inner rate of each layer, by the layer's name, in the order of the network; {} without any."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, rate in learner.named_parameters():
+        if name.startswith("rates."):
+            path = name.split(".", 2)[2].split("/")  # rates.<kind>.<parameter, "/" for its dots>
+            layers.setdefault(".".join(path[:-1]) or path[0], []).append(rate.detach().flatten())
+    return {layer: float(torch.cat(rates).mean()) for layer, rates in layers.items()}
+
+
 def bad_task(learner: Learner, episode: Episode) -> int | None:
     """The first task whose own loss or gradient is not finite; None when only their sum is not."""
     for index in range(episode.query_y.shape[0]):
@@ -32,23 +42,56 @@ def bad_task(learner: Learner, episode: Episode) -> int | None:
     return None
 
 
-def second_order_share(learner: Learner, episode: Episode, processes: Processes = ALONE) -> float | None:
-    """|g - g1| / |g|: g the full meta-gradient of the episode, g1 what is left when the inner gradients are taken as
-    constants. None for learners without inner steps, and where g is 0. All processes call it, each with all tasks."""
+def meta_gradients(learner: Learner, episode: Episode, processes: Processes = ALONE) -> tuple[Tensor, Tensor] | None:
+    """(P,) the full meta-gradient of an episode, and what is left when the inner gradients are taken as constants.
+
+    None for learners without inner steps. Every `.grad` stays as it is. All processes call it, each with all tasks.
+
+    Raises:
+        RuntimeError: in every process when one of them fails, so that none waits for it; alone, the error itself.
+    """
     if not takes_steps(learner):
         return None
     own = learner.adjoint
-    full = _gradient(learner, episode, meta.Unrolled() if isinstance(own, meta.FirstOrder) else own, processes)
-    first = _gradient(learner, episode, meta.FirstOrder(), processes)
+    adjoints = (meta.Unrolled() if isinstance(own, meta.FirstOrder) else own, meta.FirstOrder())
+    weight = len(processes.share(len(episode.query_y))) / len(episode.query_y)
+    both, failure = [torch.cat([torch.zeros_like(p).flatten() for p in _trainable(learner)])] * 2, None
+    try:
+        if weight:
+            both = [weight * _gradient(learner, processes.part(episode), adjoint) for adjoint in adjoints]
+    except Exception as error:
+        failure = error
+        if processes.size == 1:
+            raise
+    if processes.most([float(failure is not None)])[0]:
+        raise RuntimeError(f"a process could not compute it: {failure or 'another one'}") from failure
+    full, first = processes.sum(both)
+    return full, first
+
+
+def second_order_share(learner: Learner, episode: Episode, processes: Processes = ALONE) -> float | None:
+    """`share` of the meta-gradients of an episode; None for learners without inner steps."""
+    pair = meta_gradients(learner, episode, processes)
+    return None if pair is None else share(*pair)
+
+
+def share(full: Tensor, first: Tensor) -> float | None:
+    """|g - g1| / |g| of the full meta-gradient g and the first-order one g1; None where g is 0."""
     norm = float(full.norm())
     return float((full - first).norm()) / norm if norm > 0 else None
 
 
-def _gradient(learner: Learner, episode: Episode, adjoint: Any, processes: Processes) -> Tensor:
-    """The meta-gradient as one vector; leaves every `.grad` as it is."""
+def cosine(full: Tensor, first: Tensor) -> float | None:
+    """<g, g1> / (|g| |g1|): 1 where first order turns the update nowhere; None where one of them is 0."""
+    norms = float(full.norm()) * float(first.norm())
+    return float(full @ first) / norms if norms > 0 else None
+
+
+def _gradient(learner: Learner, episode: Episode, adjoint: Any) -> Tensor:
+    """The meta-gradient of an episode as one vector, by this adjoint."""
     with attributes(learner, adjoint=adjoint):
         parameters = _trainable(learner)
-        _, grads = processes.gradient(learner, episode, parameters)
+        grads = torch.autograd.grad(learner(episode), parameters, allow_unused=True)
     pairs = zip(parameters, grads, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: the learning curve, the inner curve, an episode with its predictions. Drawn without a screen."""
+"""Pictures of a run: learning curve, inner curve, an episode and its predictions, attention. Drawn without a screen."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from experiments.attention_maps import QueryAttention
 from experiments.evaluation import Evaluation, predict
 from experiments.learners import Learner, takes_steps
 from theria.data import Episode
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+GAP = 4  # pixels between the images of an episode
+HEADS = 8  # heads shown at most
 
 
 def _figure(columns: int, rows: int = 1, size: tuple[float, float] = (4.5, 3.4)) -> tuple[Any, Any]:
@@ -68,21 +71,84 @@ def episode(learner: Learner, tasks: Episode, steps: int, path: Path) -> Path:
 
 
 def _classification(task: Episode, predicted: torch.Tensor, path: Path) -> Path:
-    """One row a class: its support images, then its queries with the predicted class in green or red."""
+    """One row a class: its support images, then its queries, framed green or, with the class taken instead, red."""
+    from matplotlib.patches import Rectangle
+
     ways = int(task.support_y.max()) + 1
     shots, queries = len(task.support_y) // ways, len(task.query_y) // ways
-    figure, axes = _figure(shots + queries, ways, size=(1.0, 1.15))
+    side = task.query_x.shape[-1] + GAP
+    canvas = torch.zeros(ways * side, (shots + queries) * side + GAP)
+    figure, axes = _figure(1, size=(0.5 * (shots + queries) + 0.6, 0.5 * ways + 0.5))
+    axis = axes[0, 0]
     for label in range(ways):
-        support = task.support_x[task.support_y == label]
         mine = task.query_y == label
-        for axis, image in zip(axes[label], [*support, *task.query_x[mine]], strict=True):
-            axis.imshow(image.mean(0).numpy(), cmap="gray_r", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-        axes[label, 0].set_ylabel(f"class {label}", fontsize=8)
-        for axis, guess in zip(axes[label, shots:], predicted[mine].tolist(), strict=True):
-            axis.set_title(f"is {guess}", fontsize=8, color=RIGHT if guess == label else WRONG)
+        for column, image in enumerate([*task.support_x[task.support_y == label], *task.query_x[mine]]):
+            left, top = column * side + (GAP if column >= shots else 0), label * side
+            canvas[top : top + side - GAP, left : left + side - GAP] = image.mean(0)
+        for column, guess in enumerate(predicted[mine].tolist(), start=shots):
+            left, top = column * side + GAP, label * side
+            color, width = (RIGHT, 0.7) if guess == label else (WRONG, 1.8)
+            corner, size = (left - 1.5, top - 1.5), side - GAP + 2
+            axis.add_patch(Rectangle(corner, size, size, fill=False, color=color, linewidth=width))
+            if guess != label:
+                axis.text(left, top + 5, str(guess), fontsize=7, color=color, weight="bold")
+    axis.imshow(canvas.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axis.set(xlim=(-GAP, canvas.shape[1] + 1), ylim=(canvas.shape[0] + 1, -GAP))
+    axis.set_yticks([(label + 0.5) * side for label in range(ways)], [str(label) for label in range(ways)], fontsize=7)
+    middles = [shots * side / 2, shots * side + GAP + queries * side / 2]
+    axis.set_xticks(middles, ["support", "queries"], fontsize=7)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     right = float((predicted == task.query_y).double().mean())
-    figure.suptitle(f"support | queries, {100 * right:.0f} % right", fontsize=9)
+    axis.set_title(f"{100 * right:.0f} % right; red: the class taken instead", fontsize=7)
+    return _save(figure, path)
+
+
+def attention(seen: QueryAttention, task: Episode, path: Path) -> Path:
+    """Where the first query of a task looks: over the patches of its image, or over the support set."""
+    if seen.over == "context":
+        return _context_attention(seen, task, path)
+    return _patch_attention(seen, task.query_x[0].mean(0).cpu(), path)
+
+
+def _patch_attention(seen: QueryAttention, image: torch.Tensor, path: Path) -> Path:
+    """A row a layer, a column a head; the image, its ink black, under a red as strong as the attention to a patch."""
+    heads = min(len(seen.layers[0]), HEADS)
+    keys = [weights[:heads, 1:] if seen.over == "cls" else weights[:heads] for weights in seen.layers]
+    grid = round(keys[0].shape[-1] ** 0.5)
+    even = 1 / seen.layers[0].shape[-1]
+    most = max(float(weights.max()) for weights in keys)
+    figure, axes = _figure(heads, len(keys), size=(1.1, 1.2))
+    side = image.shape[-1]
+    for row, weights in enumerate(keys):
+        for head, axis in enumerate(axes[row]):
+            place = (-0.5, side - 0.5, side - 0.5, -0.5)
+            scale = {"vmin": 0, "vmax": max(most, 4 * even)}  # an even share everywhere stays pale
+            axis.imshow(weights[head].view(grid, -1).numpy(), cmap="Reds", extent=place, **scale)
+            axis.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1, alpha=0.7 * image.clamp(0, 1).numpy())
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"head {head}" if row == 0 else "", fontsize=7)
+        axes[row, 0].set_ylabel(f"layer {row}", fontsize=7)
+    figure.suptitle(f"most: {most / even:.1f} times an even share", fontsize=7)
+    return _save(figure, path)
+
+
+def _context_attention(seen: QueryAttention, task: Episode, path: Path) -> Path:
+    """A row a layer and head, a column an example of the support set, with its image and class where it has one."""
+    weights = torch.cat(seen.layers)  # (layers * heads, M)
+    figure, axes = _figure(1, size=(max(3.0, 0.35 * weights.shape[-1] + 1), 0.16 * len(weights) + 1.2))
+    axis = axes[0, 0]
+    image = axis.imshow(weights.numpy(), cmap="Reds", vmin=0, aspect="auto")
+    heads, layers = len(seen.layers[0]), range(len(seen.layers))
+    axis.set_yticks([(i + 0.5) * heads - 0.5 for i in layers], [f"layer {i}" for i in layers])
+    if not task.support_y.is_floating_point():
+        axis.set_xticks(range(weights.shape[-1]), [str(label) for label in task.support_y.tolist()])
+        axis.set_xlabel(f"class of the support example; the query is of class {int(task.query_y[0])}")
+    else:
+        axis.set_xlabel("the start token, then the support points")
+    axis.tick_params(length=0, labelsize=7)
+    axis.xaxis.label.set_size(7)
+    figure.colorbar(image, ax=axis).ax.tick_params(labelsize=6)
     return _save(figure, path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from experiments import launch
 from experiments.config import Config, Schedule
 from experiments.errors import UserError
-from experiments.store import container
+from experiments.store import complete, container
 
 # What decides no parameter: it may differ between the parts of a resumed run.
 FREE = {
@@ -20,14 +20,20 @@ FREE = {
     "trainer.resume",
     "trainer.max_minutes",
     "trainer.threads",
+    "trainer.device",  # to rounding, as all that follow with this remark
+    "ops.backend",  # to rounding: what the other machine can run
+    "learner.chunk_size",  # to rounding: what fits into its memory
     "trainer.capture",  # to rounding, as another number of processes
     "trainer.log_every",
     "trainer.health_every",
+    "trainer.health_share",
     "trainer.val_every",
     "trainer.val_episodes",
     "trainer.test_episodes",
     "trainer.eval_tasks",
     "trainer.checkpoint_every",
+    "trainer.checkpoint_minutes",
+    "trainer.keep",
     "trainer.pictures",
     "trainer.process_timeout",
     "trainer.display",
@@ -40,11 +46,13 @@ FREE = {
 def check_same(config: Config, saved: dict[str, Any], checkpoint: Path) -> None:
     """Refuse to go on under settings that would have led elsewhere.
 
+    A setting that is younger than the checkpoint had, when it was written, the effect of its default in the schema.
+
     Raises:
         UserError: with every setting that differs, its value in the checkpoint and now.
     """
     free = FREE | ({"trainer.steps"} if config.trainer.schedule is Schedule.constant else set())
-    now, before = _flat(container(config)), _flat(saved)
+    now, before = _flat(container(config)), _flat(complete(saved))
     differ = [
         f"{key}: {before.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
         for key in sorted(now.keys() | before.keys())

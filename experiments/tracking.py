@@ -1,12 +1,13 @@
 """Where the figures of a run go: metrics.jsonl always, Weights & Biases as far as it can be had.
 
-Names are grouped by what stands before the slash, and a dashboard makes one section of each group: `train/`, `val/`,
-`test/`, `gradient/`, `inner/`, `system/`, `pictures/`.
+Names are grouped by what stands before the slash, and a dashboard makes one section of each group (GROUPS). Of the
+group `steps/`, numbers for each inner step, wandb shows a chart for each figure, `curves/`, and not the numbers.
 """
 
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any, Literal
 from experiments.config import TrackingConfig, TrackingMode
 
 METRICS = "metrics.jsonl"
-GROUPS = ("train", "val", "test", "gradient", "inner", "system", "pictures")
+GROUPS = ("train", "val", "test", "inner", "rates", "gradient", "curvature", "attention", "system", "pictures")
+HIDDEN = "steps"  # the group whose numbers have no chart each
 _ABSENT = 'wandb is not installed: only metrics.jsonl is written (pip install -e ".[experiments]", or tracking=off)'
 
 
@@ -44,6 +46,19 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def step_curves(row: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """{"loss": {"support": [after 0 steps, after 1, ...], "query": [...]}, ...} of "steps/support_loss_0", ..."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for name, value in row.items():
+        match = re.fullmatch(rf"{HIDDEN}/(support|query)_(\w+)_(\d+)", name)
+        if match and value is not None:
+            found.setdefault(match[2], {}).setdefault(match[1], {})[int(match[3])] = value
+    return {
+        figure: {name: [points[i] for i in sorted(points)] for name, points in lines.items()}
+        for figure, lines in found.items()
+    }
 
 
 def json_value(value: Any) -> Any:
@@ -108,6 +123,7 @@ class Wandb:
         self.run.define_metric("step", hidden=True)
         for group in GROUPS:
             self.run.define_metric(f"{group}/*", step_metric="step")
+        self.run.define_metric(f"{HIDDEN}/*", step_metric="step", hidden=True)
 
     def _guard(self, call: Callable[[], Any]) -> None:
         try:
@@ -119,7 +135,18 @@ class Wandb:
     def scalars(self, row: Mapping[str, Any]) -> None:
         if self.run is not None:
             numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-            self._guard(lambda: self.run and self.run.log(numbers))
+            self._guard(lambda: self.run and self.run.log(numbers | self._charts(numbers)))
+
+    def _charts(self, row: Mapping[str, float]) -> dict[str, Any]:
+        """One chart over the inner steps for each figure of the group `steps/`, support and query in one."""
+        charts = {}
+        for figure, lines in step_curves(row).items():
+            sets, values = list(lines), list(lines.values())
+            xs = [list(range(len(line))) for line in values]
+            title = f"{figure} after each inner step"
+            chart = self.wandb.plot.line_series(xs, values, keys=sets, title=title, xname="inner step")
+            charts[f"curves/{figure}"] = chart
+        return charts
 
     def picture(self, step: int, name: str, path: Path) -> None:
         if self.run is not None:

@@ -7,12 +7,13 @@ python -m experiments.train --multirun seed=0,1,2          one run after the oth
 torchrun --nproc-per-node=4 -m experiments.train ...       the tasks of each step shared by four processes, the same
                                                            run to rounding: gloo on CPUs, NCCL with a GPU for each
 
-A run writes everything into its directory, outputs/<name>/<date_time> or run_dir=DIR: config.yaml (resolved),
-metrics.jsonl, checkpoints/ (the last two), pictures/, results.json, wandb/. Ctrl-C and SIGTERM write a checkpoint and
-print the command that goes on; after a kill the last periodic checkpoint stands. `trainer.resume=true run_dir=DIR`
-with the same settings goes on from DIR's newest readable checkpoint (from step 0 where there is none) to the same
-parameters, bit by bit on a CPU, as a run that was never stopped; `trainer.resume=PATH` starts from another run's
-checkpoint in a directory of its own. Only a stop by trainer.max_minutes depends on the machine.
+A run writes everything into its directory, outputs/<name>/<date_time> or run_dir=DIR: config.yaml (resolved), run.json
+(command, commit, versions), metrics.jsonl, checkpoints/ (the last two), pictures/, results.json, wandb/. Ctrl-C and
+SIGTERM write a checkpoint and print the command that goes on; after a kill the last periodic checkpoint stands.
+`trainer.resume=true run_dir=DIR` with the same settings goes on from DIR's newest readable checkpoint (from step 0
+where there is none) to the same parameters, bit by bit on a CPU, as a run that was never stopped; `trainer.resume=PATH`
+starts from another run's checkpoint in a directory of its own. Only a stop by trainer.max_minutes depends on the
+machine.
 
 Exit status: 0; 2 for a mistake in the settings; 3 for a loss, gradient or parameter that is not finite; 4 when another
 process of the run is gone or hangs; 130, 143 after a signal.
@@ -35,6 +36,7 @@ from experiments import (
     pictures,
     processes,
     progress,
+    provenance,
     resume,
     store,
     tracking,
@@ -65,6 +67,7 @@ def train(settings: Config, run_dir: Path, overrides: list[str], ranks: Processe
     ranks.copy_first(learner.state_dict())
     found = ranks.first(lambda: _begin(settings, run_dir))
     done = 0 if found is None else found[1]["step"]
+    ranks.first(lambda: provenance.record(run_dir, resume.whole(overrides), done))
     with SignalWatch() as watch, _shown(settings, done, ranks) as shown:
         tracker = _tracker(settings, run_dir, shown, done, ranks)
         command = resume.command(overrides, run_dir)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from experiments import checkpoint, health, store
+from experiments.averaging import Average
 from experiments.capture import outer_step
 from experiments.config import Config, Schedule, TrainerConfig
 from experiments.errors import Interrupted, NonFiniteError
 from experiments.evaluation import Evaluation, evaluate, metric_name, task_metric
 from experiments.interrupt import SignalWatch
 from experiments.learners import Learner, set_epoch
+from experiments.panels import Panels
 from experiments.progress import Progress
 from experiments.tracking import Tracker
 from theria.data import Episode, TaskSource
@@ -64,13 +66,22 @@ class Trainer:
             self.parameters, lr=self.trainer.lr, weight_decay=self.trainer.weight_decay, foreach=True
         )
         self.outer_step = outer_step(self.trainer.capture, self.learner, self.parameters, self.ranks, self.say)
+        ema = self.trainer.ema
+        self.average = None if ema is None else Average(self.learner, ema)
         self.step = 0  # outer steps done; also the state of the sampler, whose episodes are pure in the step
         self.validated = -1  # the last step that was validated
         self._before, self._begun = 0.0, time.monotonic()
+        self._saved = (-1, self._begun)  # step of the newest checkpoint, and when it was written
         self._mark, self._tasks_per_second = (0, time.monotonic()), 0.0
+        self.panels = Panels(parts)
         self._measured: dict[str, float] = {}  # the newest figures, shown until there are newer ones
 
     # ------------------------------------------------------------------------------------------------------- state
+    @property
+    def evaluated(self) -> Learner:
+        """What validation and test measure: the average of the parameters where there is one."""
+        return self.learner if self.average is None else self.average.learner
+
     @property
     def elapsed(self) -> float:
         """Seconds of training, those before a resumption included."""
@@ -87,13 +98,15 @@ class Trainer:
                 f"step {self.step}: a parameter is not finite after the last update; nothing was written.\n"
                 f"{self._advice(self._last_good())}"
             )
-        return self.ranks.first(lambda: checkpoint.save(self.parts.run_dir, self._state()))
+        keep, self._saved = self.trainer.keep, (self.step, time.monotonic())
+        return self.ranks.first(lambda: checkpoint.save(self.parts.run_dir, self._state(), keep))
 
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "elapsed": self.elapsed,
             "learner": self.learner.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "config": store.container(self.config),
         }
@@ -101,10 +114,12 @@ class Trainer:
     def restore(self, state: dict[str, Any], validated: int) -> None:
         self.learner.load_state_dict(state["learner"])
         self.optimiser.load_state_dict(state["optimiser"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         checkpoint.restore_rng(state["rng"])
         self.step, self._before, self.validated = state["step"], state["elapsed"], validated
         self._begun = time.monotonic()
-        self._mark = (self.step, self._begun)
+        self._mark = self._saved = (self.step, self._begun)
 
     # -------------------------------------------------------------------------------------------------------- loop
     def run(self) -> Evaluation:
@@ -131,12 +146,16 @@ class Trainer:
         return self.test()
 
     def alive(self) -> None:
-        """Stop here if a signal came, to whichever process."""
-        signum = int(self.ranks.most([self.parts.watch.received or 0])[0])
+        """Stop here if a signal came, to whichever process; write a checkpoint if the last one is too long ago."""
+        step, then = self._saved
+        signum, waited = self.ranks.most([self.parts.watch.received or 0, time.monotonic() - then])
         if signum:
             path = self.save()
             message = f"stopped at step {self.step}: {path} is written\nresume: {self.parts.resume_command}"
-            raise Interrupted(message, signum)
+            raise Interrupted(message, int(signum))
+        minutes = self.trainer.checkpoint_minutes
+        if minutes is not None and waited >= 60 * minutes and step < self.step:
+            self.save()
 
     def lost(self, error: LostProcess) -> str:
         """What to tell when another process is gone: nothing can be saved together any more."""
@@ -168,6 +187,8 @@ class Trainer:
         logged = (self.step + 1) % self.trainer.log_every == 0
         measured = self._measure(episode) if logged else {}
         self.optimiser.step()
+        if self.average is not None:
+            self.average.update()
         time.sleep(self.config.debug.step_seconds)
         self.step += 1
         self._show(float(loss), float(norm), measured, logged)
@@ -235,24 +256,25 @@ class Trainer:
             "gradient/norm": norm,
             "gradient/nonfinite": 0,
             "system/tasks_per_second": self._tasks_per_second,
+            "system/steps_per_second": self._tasks_per_second / self.config.task.tasks,
             "system/seconds": self.elapsed,
-            "system/peak_memory_mb": _peak_memory_mb(),
+            **peak_memory(self.parameters[0].device),
         }
-        self.parts.tracker.scalars(self.step, values | self._health())
+        self.parts.tracker.scalars(self.step, values | self._panels())
 
     def _speed(self) -> float:
         """Tasks per second since the last call, validation left out."""
         (step, then), self._mark = self._mark, (self.step, time.monotonic())
         return (self.step - step) * self.config.task.tasks / max(self._mark[1] - then, 1e-9)
 
-    def _health(self) -> dict[str, float]:
-        """The second-order share of the meta-gradient and the learned inner rates, every `health_every` steps."""
+    def _panels(self) -> dict[str, float]:
+        """What else a run shows, every `health_every` steps, on tasks of the next step; see `experiments.panels`."""
         if not self._due(self.trainer.health_every):
             return {}
-        share = health.second_order_share(self.learner, self._episode(), self.ranks)
-        rates = health.inner_rates(self.learner)
-        found = {} if share is None else {"gradient/second_order": share}
-        return found | ({} if rates is None else {"inner/lr_mean": rates[0], "inner/lr_min": rates[1]})
+        begun = time.monotonic()
+        found = self.panels.measure(self.step, self._episode(), self.elapsed)
+        self._mark = (self._mark[0], self._mark[1] + time.monotonic() - begun)  # no part of the tasks per second
+        return found
 
     # -------------------------------------------------------------------------------------------------- evaluation
     def validate(self) -> None:
@@ -269,11 +291,12 @@ class Trainer:
     def _evaluate(self, subset: str, episodes: int) -> Evaluation:
         inner = self.config.inner
         steps = inner.steps if inner.eval_steps is None else inner.eval_steps
-        self.learner.eval()
+        learner = self.evaluated
+        learner.eval()
         try:
             source = self.parts.sources[subset]
             result = evaluate(
-                self.learner,
+                learner,
                 source,
                 episodes=episodes,
                 steps=steps,
@@ -282,12 +305,15 @@ class Trainer:
                 processes=self.ranks,
             )
         finally:
-            self.learner.train()
+            learner.train()
         self.parts.tracker.scalars(self.step, result.scalars())
         return result
 
 
-def _peak_memory_mb() -> float:
-    """The largest resident memory of this process so far."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The largest resident memory of this process so far in MiB, and that of the allocator of a CUDA device."""
     peak = system.getrusage(system.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    found = {"system/peak_memory_mb": peak / 2**20 if sys.platform == "darwin" else peak / 2**10}
+    if device.type == "cuda":
+        found["system/peak_cuda_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return found
