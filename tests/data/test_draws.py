@@ -62,6 +62,20 @@ def test_choose_takes_available_places_once_in_uniform_order() -> None:
     assert float(((counts - 1000) ** 2 / 1000).sum()) < CHI2_99_9[23]
 
 
+def test_distinct_is_choose_where_everything_is_available() -> None:
+    everything = torch.ones(7, 5, 30, dtype=torch.bool)
+    assert torch.equal(Draws(8).distinct(30, 7, 5, 4), Draws(8).choose(everything, 4))
+    one, other = Draws(8), Draws(8)
+    one.distinct(30, 7, 5, 4)
+    other.choose(everything, 4)
+    assert torch.equal(one.bits(3), other.bits(3))  # and the stream goes on alike
+
+
+def test_draws_are_made_where_they_are_wanted() -> None:
+    for device in ("cpu", "meta"):
+        assert Draws(9).uniform(2, 3, device=device).device.type == device
+
+
 def test_permutation_is_one() -> None:
     permutation = Draws(7).permutation(5, 40)
     assert torch.equal(permutation.sort().values, torch.arange(40).expand(5, 40))

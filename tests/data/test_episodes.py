@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from theria.data import ClassDataset, Episode, EpisodeSampler
+from theria.data import Augment, ClassDataset, Episode, EpisodeSampler
+from theria.data.draws import Draws
 
 # Quantiles of the chi-square law at 99.9 %, by degrees of freedom. The seeds are fixed: no chance in a run.
 CHI2_99_9 = {7: 24.32, 27: 55.48, 11: 31.26}
@@ -164,13 +165,50 @@ def test_the_work_is_fused() -> None:
     """The number of operators depends on neither tasks nor ways nor shots; one gather fetches every image."""
     images = ClassDataset(torch.zeros(50, 20, 1, 28, 28, dtype=torch.uint8))
     counted = []
+    augment = Augment(rotation=0.2, elastic=0.1, stroke=0.03)
     for tasks, ways, shots in ((2, 2, 2), (64, 20, 5)):
-        source = EpisodeSampler(images, ways=ways, shots=shots, queries=5, tasks=tasks)
+        source = EpisodeSampler(images, ways=ways, shots=shots, queries=5, tasks=tasks, augment=augment)
         with CountOperators() as mode:
             source.sample(0)
         counted.append(mode.counts)
     assert counted[0] == counted[1]
     assert counted[0]["aten::index_select"] == 1
+
+
+def characters(classes: int = 6) -> ClassDataset:
+    pixels = torch.randint(256, (classes, 8, 1, 12, 12), generator=torch.Generator().manual_seed(0))
+    return ClassDataset(pixels.to(torch.uint8))
+
+
+def test_augmentation_deforms_the_images_of_the_same_episode() -> None:
+    augment = Augment(rotation=0.3, elastic=0.1, stroke=0.05)
+    plain, deformed = sampler(characters(), seed=3), sampler(characters(), seed=3, augment=augment)
+    one, other = plain.sample(5), deformed.sample(5)
+    assert torch.equal(one.support_y, other.support_y)
+    assert torch.equal(one.query_y, other.query_y)
+    draws = Draws(3, 5)
+    classes = draws.distinct(6, 4, 5)
+    draws.distinct(8, *classes.shape, 5)
+    draws.permutation(4, 10)
+    draws.permutation(
+        4, 15
+    )  # what an episode takes; deformations are drawn after it, the support's before the queries'
+    images = torch.cat([one.support_x.flatten(0, 1), one.query_x.flatten(0, 1)])
+    expected = augment(images, draws)
+    assert torch.equal(other.support_x.flatten(0, 1), expected[:40])
+    assert torch.equal(other.query_x.flatten(0, 1), expected[40:])
+    again = sampler(characters(), seed=3, augment=augment)
+    again.sample(2)
+    assert all(torch.equal(a, b) for a, b in zip(again.sample(5), other, strict=True))
+
+
+def test_no_augmentation_and_one_of_zero_are_the_same_bits() -> None:
+    for a, b in zip(sampler(characters()).sample(1), sampler(characters(), augment=Augment()).sample(1), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fields_are_contiguous() -> None:
+    assert all(field.is_contiguous() for field in sampler(characters(), augment=Augment(shift=0.1)).sample(0))
 
 
 def test_an_episode_is_a_pytree_for_vmap() -> None:
@@ -193,6 +231,7 @@ def test_an_episode_is_a_pytree_for_vmap() -> None:
         ({"shots": True}, TypeError, "shots=True is a bool"),
         ({"within_groups": 1.5}, ValueError, r"within_groups=1.5; a probability in \[0, 1\]"),
         ({"within_groups": -0.1}, ValueError, "within_groups=-0.1"),
+        ({"augment": Augment(shift=0.1)}, ValueError, r"augment: samples of shape \(2,\) cannot be deformed; images"),
     ],
 )
 def test_wrong_settings_are_refused_before_any_work(options, error, message) -> None:

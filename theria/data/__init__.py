@@ -1,5 +1,6 @@
 """Few-shot tasks: samplers and data sets. Images leave a sampler as float32 in [0, 1] with ink = 1."""
 
+from theria.data.augment import Augment
 from theria.data.cache import cache_dir
 from theria.data.classes import ClassDataset
 from theria.data.digits import load_digits
@@ -9,6 +10,7 @@ from theria.data.omniglot import load_omniglot, omniglot_one_shot_runs
 from theria.data.synthetic import LinearRegression, Sinusoid
 
 __all__ = [
+    "Augment",
     "ClassDataset",
     "Episode",
     "EpisodeSampler",

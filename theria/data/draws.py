@@ -36,24 +36,30 @@ def _xor_shift_(z: Tensor, shift: int) -> Tensor:
 
 
 class Draws:
-    """The stream of random tensors that belongs to (seed, step). CPU tensors; each call continues the stream."""
+    """The stream of random tensors that belongs to (seed, step); each call continues the stream.
+
+    The tensors are on the CPU, or where `device` says. The numbers are the same on every device: integers modulo 2^64,
+    and floats that no operation rounds differently.
+    """
 
     def __init__(self, seed: int, step: int = 0) -> None:
         # mix64 is a bijection: one seed never gives two steps the same state.
         self._state = mix64(mix64(seed + _GAMMA) + step + _GAMMA)
 
-    def bits(self, *shape: int) -> Tensor:
+    def bits(self, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """int64 of the given shape; every one of the 2^64 patterns is equally likely."""
         n = math.prod(shape)
-        z = torch.arange(1, n + 1, dtype=torch.int64).mul_(_signed(_GAMMA)).add_(_signed(self._state))
+        z = torch.arange(1, n + 1, dtype=torch.int64, device=device).mul_(_signed(_GAMMA)).add_(_signed(self._state))
         self._state = (self._state + n * _GAMMA) & _MASK
         for shift, factor in _MIX:
             z = _xor_shift_(z, shift).mul_(_signed(factor))
         return _xor_shift_(z, _LAST_SHIFT).view(shape)
 
-    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    def uniform(
+        self, *shape: int, low: float = 0.0, high: float = 1.0, device: torch.device | str | None = None
+    ) -> Tensor:
         """float64 of the given shape in the open interval (low, high): the midpoints of 2^52 equal cells."""
-        cells = (self.bits(*shape) >> 12).bitwise_and_((1 << 52) - 1).to(torch.float64)
+        cells = (self.bits(*shape, device=device) >> 12).bitwise_and_((1 << 52) - 1).to(torch.float64)
         return cells.add_(0.5).mul_(2.0**-52).mul_(high - low).add_(low)
 
     def normal(self, *shape: int) -> Tensor:
@@ -71,6 +77,14 @@ class Draws:
         """
         keys = self.bits(*available.shape).masked_fill_(~available, torch.iinfo(torch.int64).min)
         return keys.topk(k, dim=-1).indices
+
+    def distinct(self, bound: int, *shape: int) -> Tensor:
+        """int64 (..., k): in each row k distinct integers of [0, bound), in random order.
+
+        What `choose` draws where every one of `bound` places is available, without a mask to read.
+        """
+        *rows, k = shape
+        return self.bits(*rows, bound).topk(k, dim=-1).indices
 
     def permutation(self, *shape: int) -> Tensor:
         """int64 of the given shape whose last axis is a uniform permutation."""

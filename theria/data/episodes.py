@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from theria.data.augment import Augment, check_images
 from theria.data.classes import ClassDataset
 from theria.data.draws import Draws
 
@@ -50,6 +51,8 @@ class EpisodeSampler:
         within_groups: the probability that all classes of a task come from one group of the data set (drawn uniformly
             from the groups with at least N classes). False and True are 0 and 1.
         shuffle: False keeps the items class by class: item i of the support has label i // K.
+        augment: deforms every image of every task by draws of its own, support and queries alike; None: as they are.
+            Which images a step has does not depend on it.
         device: where the images are held and the episodes are returned.
 
     Raises:
@@ -67,6 +70,7 @@ class EpisodeSampler:
         seed: int = 0,
         within_groups: bool | float = False,
         shuffle: bool = True,
+        augment: Augment | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         for name, value in {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}.items():
@@ -78,7 +82,12 @@ class EpisodeSampler:
         if not 0.0 <= self.within_groups <= 1.0:
             raise ValueError(f"EpisodeSampler: within_groups={within_groups}; a probability in [0, 1] is needed")
         self._groups = _groups_of(dataset, ways) if self.within_groups else None  # (G, C) bool
-        self._valid = torch.arange(dataset.images.shape[1]) < dataset.counts[:, None]  # (C, S) bool
+        self._samples = dataset.images.shape[1]
+        ragged = int(dataset.counts.min()) < self._samples
+        self._valid = torch.arange(self._samples) < dataset.counts[:, None] if ragged else None  # (C, S) bool
+        self.augment = None if augment is None or augment.is_identity else augment
+        if self.augment is not None:
+            check_images("EpisodeSampler: augment", tuple(dataset.images.shape[2:]), dataset.images.ndim == 5)
         self._flat = dataset.images.flatten(0, 1).to(device or dataset.images.device)  # (C*S, *x)
 
     def sample(self, step: int) -> Episode:
@@ -86,23 +95,30 @@ class EpisodeSampler:
         check_step("EpisodeSampler", step)
         draws = Draws(self.seed, step)
         classes = self._classes(draws)  # (T, N)
-        samples = draws.choose(self._valid[classes], self.shots + self.queries)  # (T, N, K+Q)
-        rows = classes[..., None] * self._valid.shape[1] + samples
+        rows = classes[..., None] * self._samples + self._samples_of(draws, classes)  # (T, N, K+Q)
         labels = torch.arange(self.ways)[:, None].expand(rows.shape)
         support = self._arranged(draws, rows[..., : self.shots], labels[..., : self.shots])
         query = self._arranged(draws, rows[..., self.shots :], labels[..., self.shots :])
-        support_x, query_x = self._gathered(support[0], query[0])
-        device = self._flat.device
-        return Episode(support_x, support[1].to(device), query_x, query[1].to(device))
+        numbers = torch.cat([part.flatten() for pair in zip(support, query, strict=True) for part in pair])
+        index, y = _moved(numbers, self._flat).chunk(2)
+        parts = [support[0].numel(), query[0].numel()]
+        fields = zip(self._gathered(draws, index).split(parts), y.split(parts), strict=True)
+        return Episode(*(field.unflatten(0, (self.tasks, -1)) for pair in fields for field in pair))
 
     def _classes(self, draws: Draws) -> Tensor:
         """(T, N) int64, distinct in each row."""
-        allowed = torch.ones(self.tasks, len(self.dataset), dtype=torch.bool)
-        if self._groups is not None:
-            group = draws.integers(len(self._groups), self.tasks)
-            anywhere = draws.uniform(self.tasks) >= self.within_groups
-            allowed = self._groups[group] | anywhere[:, None]
-        return draws.choose(allowed, self.ways)
+        if self._groups is None:
+            return draws.distinct(len(self.dataset), self.tasks, self.ways)
+        group = draws.integers(len(self._groups), self.tasks)
+        anywhere = draws.uniform(self.tasks) >= self.within_groups
+        return draws.choose(self._groups[group] | anywhere[:, None], self.ways)
+
+    def _samples_of(self, draws: Draws, classes: Tensor) -> Tensor:
+        """(T, N, K+Q) int64, distinct samples of each class."""
+        k = self.shots + self.queries
+        if self._valid is None:
+            return draws.distinct(self._samples, *classes.shape, k)
+        return draws.choose(self._valid[classes], k)
 
     def _arranged(self, draws: Draws, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and labels (T, N, k) as (T, N*k), shuffled within each task if asked for."""
@@ -112,13 +128,18 @@ class EpisodeSampler:
         order = draws.permutation(*rows.shape)
         return rows.gather(1, order), labels.gather(1, order)
 
-    def _gathered(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (T, n, *x) of both index sets, by one gather."""
-        index = torch.cat([support.flatten(), query.flatten()]).to(self._flat.device)
+    def _gathered(self, draws: Draws, index: Tensor) -> Tensor:
+        """The images (n, *x) of an index (n,), by one gather, deformed if asked for."""
         x = self._flat.index_select(0, index)
         x = x.to(torch.float32).div_(255.0) if x.dtype == torch.uint8 else x.to(torch.float32)
-        support_x, query_x = x.split([support.numel(), query.numel()])
-        return support_x.view(*support.shape, *x.shape[1:]), query_x.view(*query.shape, *x.shape[1:])
+        return x if self.augment is None else self.augment(x, draws)
+
+
+def _moved(numbers: Tensor, beside: Tensor) -> Tensor:
+    """A CPU tensor on the device of `beside`. To a GPU from pinned memory, which alone does not wait for the GPU."""
+    if beside.is_cuda:
+        return numbers.pin_memory().to(beside.device, non_blocking=True)
+    return numbers.to(beside.device)
 
 
 def check_positive(who: str, name: str, value: int) -> None:
