@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
-from theria.nn import MLP, ConvNet4, InContextClassifier, InContextRegressor, TransformerClassifier
+from theria.nn import (
+    MLP,
+    ConvNet4,
+    InContextClassifier,
+    InContextRegressor,
+    PrototypeTransformer,
+    ResidualNet,
+    TransformerClassifier,
+)
 
 EXACT = 1e-10  # float64, the same derivative by another order of the chain rule
 DIFFERENCE = 1e-6  # central difference of a float64 gradient, step 1e-7: about 1e-16 / 1e-7 of rounding
@@ -14,6 +22,11 @@ DIFFERENCE = 1e-6  # central difference of a float64 gradient, step 1e-7: about 
 
 def image_inputs():
     return (torch.rand(4, 1, 8, 8, dtype=torch.float64),)
+
+
+def task_inputs():
+    images = torch.rand(8, 1, 8, 8, dtype=torch.float64)
+    return images[:6], torch.arange(3).repeat(2), images[6:]
 
 
 def cases():
@@ -26,17 +39,28 @@ def cases():
         lambda: ConvNet4(3, image_size=16, width=4, downsample="max_pool"),
         lambda: (torch.rand(4, 1, 16, 16, dtype=torch.float64),),
     )
+    yield "residual", lambda: ResidualNet(3, widths=[4, 8]), image_inputs
+    yield (
+        "residual_batch_pool",
+        lambda: ResidualNet(3, widths=[4, 8], norm="batch", downsample="max_pool"),
+        image_inputs,
+    )
+    yield "classifier_residual", lambda: TransformerClassifier(3, stem="residual", **small), image_inputs
     yield "classifier", lambda: TransformerClassifier(3, patch=4, **small), image_inputs
     yield "classifier_conv_cls", lambda: TransformerClassifier(3, stem="conv", pool="cls", **small), image_inputs
     yield (
         "in_context",
         lambda: InContextClassifier(3, **small),
-        lambda: (
-            torch.rand(6, 1, 8, 8, dtype=torch.float64),
-            torch.arange(3).repeat(2),
-            torch.rand(2, 1, 8, 8, dtype=torch.float64),
-        ),
+        task_inputs,
     )
+    for similarity in ("euclidean", "cosine"):
+        yield (
+            f"prototypes_{similarity}",
+            lambda similarity=similarity: PrototypeTransformer(
+                ResidualNet(widths=[4, 8]), 8, 3, d_model=8, n_heads=2, n_layers=1, similarity=similarity
+            ),
+            task_inputs,
+        )
     yield (
         "regressor",
         lambda: InContextRegressor(3, d_model=8, n_heads=2, n_layers=1),

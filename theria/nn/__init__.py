@@ -8,6 +8,8 @@ from theria.nn.equilibrium import DeepEquilibrium, EquilibriumBlock
 from theria.nn.in_context import ContextTransformer, InContextClassifier, InContextRegressor
 from theria.nn.mlp import MLP
 from theria.nn.norm import BatchNorm2d, LayerNorm
+from theria.nn.prototype_transformer import PrototypeTransformer
+from theria.nn.residual import GroupNorm, ResidualNet, ResidualStem, residual_net
 from theria.nn.transformer import Transformer, TransformerBlock
 
 __all__ = [
@@ -18,12 +20,17 @@ __all__ = [
     "ConvStem",
     "DeepEquilibrium",
     "EquilibriumBlock",
+    "GroupNorm",
     "InContextClassifier",
     "InContextRegressor",
     "LayerNorm",
     "MultiheadAttention",
     "PatchEmbedding",
+    "PrototypeTransformer",
+    "ResidualNet",
+    "ResidualStem",
     "Transformer",
     "TransformerBlock",
     "TransformerClassifier",
+    "residual_net",
 ]

@@ -12,7 +12,8 @@ class TransformerClassifier(nn.Module):
 
     Args:
         n_classes: number of outputs.
-        stem: "patch" (square patches of side `patch`) or "conv" (two strided convolutions).
+        stem: "patch" (square patches of side `patch`), "conv" (two strided convolutions) or "residual" (three
+            residual blocks).
         pool: "mean" of the tokens, or "cls", a learned token that reads the others.
         head_std: spread of the classifier's initial weights. Small, so that an episode starts from almost equal
             probabilities: classes are numbered at random in each task, a confident start is wrong in most of them.

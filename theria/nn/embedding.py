@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from theria.nn.residual import ResidualStem
+
 
 class PatchEmbedding(nn.Module):
     """Square patches, a linear map of each, learned positions (Dosovitskiy et al. 2021, arXiv 2010.11929).
@@ -47,10 +49,15 @@ class ConvStem(nn.Module):
         return y.reshape(*x.shape[:-3], *y.shape[1:]) + self.position
 
 
-def make_stem(stem: str, d_model: int, *, image_size: int, channels: int, patch: int) -> PatchEmbedding | ConvStem:
-    """The stem of that name, "patch" or "conv"."""
+Stem = PatchEmbedding | ConvStem | ResidualStem
+
+
+def make_stem(stem: str, d_model: int, *, image_size: int, channels: int, patch: int) -> Stem:
+    """The stem of that name: "patch", "conv" or "residual"."""
     if stem == "patch":
         return PatchEmbedding(d_model, image_size=image_size, channels=channels, patch=patch)
     if stem == "conv":
         return ConvStem(d_model, image_size=image_size, channels=channels)
-    raise ValueError(f"stem={stem!r} is not known: give 'patch' or 'conv'")
+    if stem == "residual":
+        return ResidualStem(d_model, image_size=image_size, channels=channels)
+    raise ValueError(f"stem={stem!r} is not known: give 'patch', 'conv' or 'residual'")

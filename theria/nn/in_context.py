@@ -24,11 +24,20 @@ class ContextTransformer(nn.Module):
 
     def forward(self, context: Tensor, query: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """context (..., M, d), query (..., N, d), mask over (M + N, M) or None -> the query tokens (..., N, d)."""
+        return self.norm(self._tokens(context, query, attn_mask)[..., context.shape[-2] :, :])
+
+    def both(self, context: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """context (..., M, d), query (..., N, d) -> the tokens of both, as they came in."""
+        tokens = self.norm(self._tokens(context, query, None))
+        return tokens[..., : context.shape[-2], :], tokens[..., context.shape[-2] :, :]
+
+    def _tokens(self, context: Tensor, query: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """(..., M + N, d): the context's tokens first."""
         m = context.shape[-2]
         tokens = torch.cat([context, query], -2)
         for block in self.blocks:
             tokens = block(tokens, tokens[..., :m, :], attn_mask)
-        return self.norm(tokens[..., m:, :])
+        return tokens
 
 
 class InContextClassifier(nn.Module):
@@ -36,9 +45,12 @@ class InContextClassifier(nn.Module):
 
     Args:
         ways: number of classes of a task; labels are integers in [0, ways).
-        stem: "conv" or "patch": how an image becomes tokens, which are averaged to the one token of that image.
+        stem: "conv", "patch" or "residual": how an image becomes tokens, which are averaged to the one token of that
+            image.
 
-    The logits are invariant to the order of the support and equivariant to the order of the queries.
+    The logits are invariant to the order of the support and equivariant to the order of the queries. The numbering of
+    the classes is learned to be without meaning (a label is a learned vector, a linear head names it), and `ways` is
+    fixed: `PrototypeTransformer` has both by construction.
     """
 
     def __init__(

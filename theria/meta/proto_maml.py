@@ -1,0 +1,135 @@
+"""Proto-MAML: MAML whose classifier starts from class prototypes (Triantafillou et al. 2020, arXiv 1903.03096)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from theria.curvature.second_order import second_order
+from theria.meta.adjoint import Adjoint, Unrolled
+from theria.meta.checks import Adapt, check_count, check_every_class, check_start, select
+from theria.meta.functional import Predictor, one_hot
+from theria.meta.learner import GradientLearner, LossFn
+from theria.meta.optimisers import SGD, InnerOptimiser, Params
+
+WEIGHT, BIAS = "head.weight", "head.bias"
+
+
+class ProtoMAML(GradientLearner):
+    """A prototypical network whose classifier, and embedding, take gradient steps on the support set.
+
+    The softmax of -|f(x) - c_k|^2 over k is that of the linear classifier with (section 3 of the paper)
+
+        w_k = 2 c_k,   b_k = -|c_k|^2,   c_k = mean of f(x) over the support of class k,
+
+    because |f(x)|^2 is the same for every class. So without a step this is `ProtoNet`, and the inner steps go on from
+    there. c_k is a function of the initial parameters of f: the outer gradient passes through the classifier's start
+    as it passes through that of every adapted parameter, exactly or as the adjoint approximates it.
+
+    Nothing depends on how the classes are numbered. Where the optimiser learns a rate for each entry of a parameter,
+    the classifier has one for its weight and one for its bias: one for each entry would.
+
+    Args:
+        model: the embedding f: an `nn.Module` x (B, *x) -> (B, d), or a pure function with `params`. It has no
+            parameter of its own called "head.weight" or "head.bias".
+        loss_fn: of logits (S, ways) and labels; default cross-entropy.
+        ways: number of classes of a task; labels are integers in [0, ways), each in the support set. On the CPU this
+            is checked; on other devices, where looking would mean to wait, a class without a sample gives NaN.
+        inner, steps, adjoint: as in `MAML`.
+        adapt: what the inner steps change: "head" alone (the default), names of the model's parameters or modules with
+            it, such as ["body.3", "head"], a predicate, or None for everything that requires grad. If it is the head
+            alone, the support is embedded once.
+    The others: see `Learner`.
+
+    `adapt` returns all parameters of the model by its own names, and "head.weight" (ways, d) and "head.bias" (ways,).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Predictor,
+        loss_fn: LossFn | None = None,
+        inner: InnerOptimiser | None = None,
+        steps: int = 5,
+        adjoint: Adjoint | None = None,
+        adapt: Adapt = "head",
+        *,
+        ways: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            F.cross_entropy if loss_fn is None else loss_fn,
+            SGD(lr=0.1) if inner is None else inner,
+            steps,
+            Unrolled() if adjoint is None else adjoint,
+            **options,
+        )
+        self.ways = check_count("ways", ways)
+        self._choose(adapt)
+        self._embeds_each_step = any(name not in (WEIGHT, BIAS) for name in self.adapted)
+        check_start(self.adjoint, learned=self._learns_more)
+
+    def _choose(self, adapt: Adapt) -> None:
+        """Adapt these parameters of the model and of the classifier; None: all but the model's that are frozen."""
+        initial = {name: p.detach() for name, p in self._theta(dict(self.named_parameters())).items()}
+        if not initial:
+            raise ValueError("the model has no parameters: there is no embedding to learn")
+        taken = [name for name in (WEIGHT, BIAS) if name in initial]
+        if taken:
+            raise ValueError(
+                f"the model has parameters {taken}, names that the classifier made of prototypes needs: give the "
+                f"embedding, a model without its last layer (model.head = nn.Identity())"
+            )
+        like = next(iter(initial.values()))
+        # One entry: what broadcasts to every number of classes, and treats them alike.
+        head = {WEIGHT: like.new_zeros(1, 1), BIAS: like.new_zeros(1)}
+        if adapt is None and self._pure is None:
+            frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+            adapt = lambda name: name not in frozen  # noqa: E731
+        chosen = select([*initial, *head], adapt)
+        self._learn_rates({name: {**initial, **head}[name] for name in chosen})
+
+    def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
+        """theta_T, all parameters of the model by its own names, and the classifier's."""
+        theta, hyper = self._theta(meta_params), self._hyper(meta_params)
+        h = second_order(self._function)(theta, x)
+        everything = {**theta, **self._prototype_head(h, y)}
+        # Views: the classifier is made of the same parameters, and an adjoint that asks autograd for the inner gradient
+        # (`Higher`) would get the total derivative, through the prototypes too, where a step takes the partial one.
+        start = {name: everything[name].view_as(everything[name]) for name in self.adapted}
+        fixed = {name: p for name, p in everything.items() if name not in start}
+        data = x if self._embeds_each_step else h
+        return {**fixed, **self._solve(self._support_loss, start, (fixed, data, y), hyper, steps)}
+
+    def _prototype_head(self, h: Tensor, y: Tensor) -> Params:
+        """The linear classifier of the class means of h (S, d)."""
+        member = one_hot(y, self.ways)
+        if y.device.type == "cpu":
+            check_every_class(member, y)
+        means = (member.to(h.dtype) / member.sum(0)).T @ h
+        return {WEIGHT: 2 * means, BIAS: -means.square().sum(-1)}
+
+    def _support_loss(self, params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
+        """The inner loss, given (the other parameters, x, y), or h for x where the inner steps do not change it."""
+        fixed, data, y = context
+        everything = {**fixed, **params}
+
+        def logits() -> Tensor:
+            return _classify(everything, self._embed(everything, data) if self._embeds_each_step else data)
+
+        return self._loss(logits, y, "support set")
+
+    def _embed(self, everything: Params, x: Tensor) -> Tensor:
+        return self._function({name: p for name, p in everything.items() if name not in (WEIGHT, BIAS)}, x)
+
+    def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
+        return _classify(adapted, self._embed(adapted, x))
+
+    def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
+        return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
+
+
+def _classify(params: Params, h: Tensor) -> Tensor:
+    """Embeddings (B, d) -> logits (B, ways)."""
+    return h @ params[WEIGHT].T + params[BIAS]
