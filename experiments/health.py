@@ -23,7 +23,7 @@ def inner_rates(learner: nn.Module) -> tuple[float, float] | None:
 
 
 def layer_rates(learner: nn.Module) -> dict[str, float]:
-    """The mean learned inner rate of each layer, by the layer's name, in the order of the network; {} without any."""
+    """The mean learned inner rate of each layer, by the layer's name; {} without any."""
     layers: dict[str, list[Tensor]] = {}
     for name, rate in learner.named_parameters():
         if name.startswith("rates."):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from experiments.config import TrackingConfig, TrackingMode
 
 METRICS = "metrics.jsonl"
-GROUPS = ("train", "val", "test", "inner", "rates", "gradient", "curvature", "attention", "system", "pictures")
+GROUPS = ("train", "val", "test", "inner", "steps", "rates", "gradient", "curvature", "attention", "system", "pictures")
 HIDDEN = "steps"  # the group whose numbers have no chart each
 _ABSENT = 'wandb is not installed: only metrics.jsonl is written (pip install -e ".[experiments]", or tracking=off)'
 
@@ -122,8 +122,7 @@ class Wandb:
         assert self.run is not None
         self.run.define_metric("step", hidden=True)
         for group in GROUPS:
-            self.run.define_metric(f"{group}/*", step_metric="step")
-        self.run.define_metric(f"{HIDDEN}/*", step_metric="step", hidden=True)
+            self.run.define_metric(f"{group}/*", step_metric="step", hidden=group == HIDDEN)
 
     def _guard(self, call: Callable[[], Any]) -> None:
         try:
