@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from copy import deepcopy
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments import learners
+from experiments import learners, protocols
 from experiments.config import (
     Config,
     ConvNetConfig,
@@ -20,13 +21,16 @@ from experiments.config import (
     LinearRegressionConfig,
     MLPConfig,
     OmniglotConfig,
+    PrototypeTransformerConfig,
+    ResidualConfig,
     SinusoidConfig,
     TaskConfig,
     TransformerConfig,
 )
 from experiments.config_learner import LearnerKind
 from experiments.errors import UserError, nearest
-from experiments.learners import InContextLearner, Learner
+from experiments.evaluation import Copies
+from experiments.learners import InContextLearner, InContextNetwork, Learner
 from theria import data
 from theria import nn as networks
 from theria.data import ClassDataset, TaskSource
@@ -56,6 +60,7 @@ LEAST = {
     "trainer.val_every": 0,
     "trainer.val_episodes": 1,
     "trainer.test_episodes": 1,
+    "trainer.test_augment": 1,
     "trainer.eval_tasks": 1,
     "trainer.checkpoint_every": 1,
     "trainer.checkpoint_minutes": 0,
@@ -67,6 +72,7 @@ LEAST = {
     "debug.step_seconds": 0,
 }
 FINITE = ("trainer.lr", "trainer.weight_decay", "inner.lr", "inner.head_lr", "debug.step_seconds")
+IMAGE_MODELS = ("transformer", "convnet", "residual", "incontext", "prototype_transformer")
 PRECISIONS = ("highest", "high", "medium")
 
 
@@ -92,6 +98,8 @@ def check(config: Config) -> None:
         raise UserError(
             f"debug.nan_task={debug.nan_task}: needed is at most {tasks - 1}, the last of task.tasks={tasks}"
         )
+    protocols.check(config)
+    build_copies(config, config.trainer.test_augment)
     if config.trainer.capture not in (True, False, "auto"):
         raise UserError(f"trainer.capture={config.trainer.capture}: needed is auto, true or false")
     every, keep, ema = config.trainer.checkpoint_every, config.trainer.keep, config.trainer.ema
@@ -146,7 +154,8 @@ def build_source(config: Config, subset: str, *, tasks: int, seed: int | None = 
             case FewShotConfig():
                 dataset = build_dataset(task, subset)
                 options = {"ways": task.ways, "shots": task.shots, "within_groups": task.within_groups}
-                return data.EpisodeSampler(dataset, **options, **common)
+                augment = build_augment(task) if subset == "train" else None
+                return data.EpisodeSampler(dataset, augment=augment, **options, **common)
             case SinusoidConfig():
                 return data.Sinusoid(shots=task.shots, **common)
             case LinearRegressionConfig():
@@ -159,7 +168,52 @@ def build_source(config: Config, subset: str, *, tasks: int, seed: int | None = 
 def build_sources(config: Config) -> dict[str, TaskSource]:
     """The tasks of training, validation and test."""
     tasks = {"train": config.task.tasks, "val": config.trainer.eval_tasks, "test": config.trainer.eval_tasks}
-    return {subset: build_source(config, subset, tasks=tasks[subset]) for subset in SUBSETS}
+    sources: dict[str, TaskSource] = {subset: build_source(config, subset, tasks=tasks[subset]) for subset in SUBSETS}
+    if protocols.ONE_SHOT in config.trainer.protocols:
+        sources[protocols.ONE_SHOT] = build_one_shot(config, tasks=config.trainer.eval_tasks)
+    return sources
+
+
+def build_one_shot(config: Config, *, tasks: int) -> protocols.FixedTasks:
+    """The runs of Omniglot's official one-shot test.
+
+    Raises:
+        UserError: another task, a split that has seen the test, or a missing file.
+    """
+    task = protocols.check_one_shot(config.task)
+    try:
+        return protocols.FixedTasks(data.omniglot_one_shot_runs(task.root, size=task.size).to(device(config)), tasks)
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"task={task.name}: {error}") from error
+
+
+def build_augment(task: FewShotConfig) -> data.Augment:
+    """How training images are deformed; the identity where no bound is above zero.
+
+    Raises:
+        UserError: a bound outside its range.
+    """
+    try:
+        return data.Augment(**asdict(task.augment))
+    except ValueError as error:
+        raise UserError(f"task.augment: {error}") from error
+
+
+def build_copies(config: Config, number: int, seed: int | None = None) -> Copies | None:
+    """What to average over with `number` copies of each held-out task, deformed like training tasks; None for one.
+
+    Raises:
+        UserError: more than one, where there is nothing to average or nothing that deforms.
+    """
+    if number == 1:
+        return None
+    if not isinstance(config.task, FewShotConfig):
+        raise UserError(f"test_augment={number}: task={config.task.name} has no images to deform: needed is 1")
+    augment = build_augment(config.task)
+    if augment.is_identity:
+        raise UserError(f"test_augment={number}: every bound of the run's task.augment is 0: needed is 1")
+    seed = (config.seed if seed is None else seed) * SEED_STRIDE + len(SUBSETS)
+    return Copies(augment, number, seed)
 
 
 def build_dataset(task: FewShotConfig, subset: str) -> ClassDataset:
@@ -169,7 +223,8 @@ def build_dataset(task: FewShotConfig, subset: str) -> ClassDataset:
         case DigitsConfig():
             return data.load_digits(subset)
         case OmniglotConfig():
-            return data.load_omniglot(task.root, task.split, subset, download=task.download)
+            subset = task.train_on if subset == "train" else subset
+            return data.load_omniglot(task.root, task.split, subset, size=task.size, download=task.download)
     raise TypeError(f"no data set for {type(task).__name__}")
 
 
@@ -177,34 +232,48 @@ def build_model(config: Config) -> nn.Module:
     """The network, its input and output sizes taken from the task."""
     model, task, backend = config.model, config.task, config.ops.backend.value
     images = isinstance(task, FewShotConfig)
+    sizes: dict[str, Any] = (
+        {"image_size": task.size} if isinstance(task, OmniglotConfig) else {}
+    )  # the others are of 28 pixels
     match model:
         case TransformerConfig() if images:
-            return networks.TransformerClassifier(task.ways, **_arguments(model), backend=backend)
+            return networks.TransformerClassifier(task.ways, **_arguments(model), **sizes, backend=backend)
         case ConvNetConfig() if images:
-            return networks.ConvNet4(task.ways, width=model.width)
+            return networks.ConvNet4(task.ways, width=model.width, **sizes)
+        case PrototypeTransformerConfig() if images:
+            return _prototype_transformer(model, task.ways, backend)
+        case ResidualConfig() if images:
+            return networks.residual_net(task.ways, **_arguments(model))
         case MLPConfig() if not images:
             return networks.MLP([_x_dim(task), *model.hidden, 1])
         case InContextConfig() if images:
-            return networks.InContextClassifier(task.ways, **_arguments(model, "causal"), backend=backend)
+            return networks.InContextClassifier(task.ways, **_arguments(model, "causal"), **sizes, backend=backend)
         case InContextConfig():
             arguments = _arguments(model, "stem", "patch")
             return networks.InContextRegressor(_x_dim(task), **arguments, backend=backend)
-    fitting = "transformer, model=convnet or model=incontext" if images else "mlp or model=incontext"
-    raise UserError(f"model={model.name} cannot learn task={task.name}: needed is model={fitting}")
+    fitting = IMAGE_MODELS if images else ("mlp", "incontext")
+    raise UserError(f"model={model.name} cannot learn task={task.name}: needed is model={', model='.join(fitting)}")
+
+
+def _prototype_transformer(model: PrototypeTransformerConfig, ways: int, backend: str) -> networks.PrototypeTransformer:
+    convolutions = {name: getattr(model, name) for name in ("width", "norm", "downsample")}
+    embedding = networks.residual_net(**convolutions)
+    arguments = _arguments(model, *convolutions)
+    return networks.PrototypeTransformer(embedding, embedding.width, ways, **arguments, backend=backend)
 
 
 def build_learner(config: Config) -> Learner:
     """The learner on its device, parameters drawn from `config.seed`."""
-    kind, in_context = config.learner.kind, isinstance(config.model, InContextConfig)
+    kind, in_context = config.learner.kind, isinstance(config.model, InContextConfig | PrototypeTransformerConfig)
     if (kind is LearnerKind.incontext) != in_context:
         raise UserError(
-            f"learner={kind.value} cannot train model={config.model.name}: learner=incontext and model=incontext "
-            "belong together"
+            f"learner={kind.value} cannot train model={config.model.name}: learner=incontext belongs together "
+            "with model=incontext or model=prototype_transformer"
         )
     torch.manual_seed(config.seed)
     try:
         model = build_model(config)
-        if isinstance(model, networks.InContextClassifier | networks.InContextRegressor):
+        if isinstance(model, InContextNetwork):
             learner = InContextLearner(model, loss_fn(config.task))
         else:
             ways = config.task.ways if isinstance(config.task, FewShotConfig) else None
@@ -212,7 +281,33 @@ def build_learner(config: Config) -> Learner:
     except (ValueError, ImportError) as error:
         hint = "; learner=maml adapts all parameters" if str(error).startswith("adapt=") else ""
         raise UserError(f"{error}{hint}") from error
-    return learner.to(device(config))
+    learner = learner.to(device(config))
+    if protocols.ONE_SHOT in config.trainer.protocols:
+        for_ways(config, learner.state_dict(), protocols.WAYS)  # raises now what it would raise after the training
+    return learner
+
+
+def for_ways(config: Config, state: dict[str, Any], ways: int) -> Learner:
+    """A learner of tasks of `ways` classes with the state of one that was trained with `config`.
+
+    Raises:
+        UserError: parameters that depend on the number of classes.
+    """
+    other = deepcopy(config)
+    assert isinstance(other.task, FewShotConfig)
+    other.task.ways, other.trainer.protocols = ways, []
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # `build_learner` seeds the generators
+        learner = build_learner(other)
+    shapes = {name: getattr(value, "shape", None) for name, value in learner.state_dict().items()}
+    differ = [name for name, value in state.items() if shapes.get(name) != getattr(value, "shape", None)]
+    if differ or shapes.keys() != state.keys():
+        raise UserError(
+            f"a task of {ways} ways for learner={config.learner.kind.value}, model={config.model.name} trained with "
+            f"task.ways={config.task.ways}: {', '.join(differ[:2]) or 'its state'} depends on the number of classes: "  # pyright: ignore
+            f"train with task.ways={ways}, or a learner that does not care (protonet, r2d2)"
+        )
+    learner.load_state_dict(state)
+    return learner
 
 
 def device(config: Config) -> torch.device:

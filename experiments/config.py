@@ -20,12 +20,27 @@ class TaskConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """Random deformation of each training image (`theria.data.Augment`): bounds of uniform draws, lengths as shares of
+    the side. All zero: none."""
+
+    rotation: float = 0.0  # largest angle in radians, either way
+    scale: float = 0.0  # each axis by a factor from 1 / (1 + scale) to 1 + scale
+    shear: float = 0.0  # largest slant, either way
+    shift: float = 0.0  # largest shift along each axis, either way
+    elastic: float = 0.0  # largest displacement of a control point of the smooth field; folds above 0.48 / elastic_grid
+    elastic_grid: int = 4  # cells of that field along a side
+    stroke: float = 0.0  # the most that a stroke gains or loses on each side; at 28 pixels 0.036 is one pixel
+
+
+@dataclass
 class FewShotConfig(TaskConfig):
     """Few-shot classification."""
 
     ways: int = 5  # classes in a task
     shots: int = 1  # support examples a class
     within_groups: float = 0.0  # probability that a task's classes come from one group (script, alphabet, digit)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # of the training tasks only
 
 
 @dataclass
@@ -49,6 +64,8 @@ class OmniglotConfig(FewShotConfig):
     name: str = "omniglot"
     root: str | None = None  # folder of the data set; null: $THERIA_OMNIGLOT, else theria.data's own place for it
     split: str = "vinyals"  # vinyals | background | small1 | small2
+    train_on: str = "train"  # train | trainval: the validation classes too, for a final run; then trainer.val_every=0
+    size: int = 28  # side of the images in pixels, at most 105
     download: bool = False  # fetch the data set into `root` when it is not there (needs torchvision and a network)
 
 
@@ -83,7 +100,7 @@ class TransformerConfig(ModelConfig):
     """Image classifier: a stem that makes tokens, a pre-norm transformer, a linear head."""
 
     name: str = "transformer"
-    stem: str = "conv"  # "patch": one linear map a patch; "conv": a small convolutional network before it
+    stem: str = "conv"  # "patch": one linear map a patch; "conv": two convolutions; "residual": three residual blocks
     patch: int = 7  # side of a patch in pixels; it divides 28
     d_model: int = 48  # width
     n_heads: int = 4  # attention heads; d_model is a multiple of it
@@ -101,6 +118,29 @@ class ConvNetConfig(ModelConfig):
 
 
 @dataclass
+class ResidualConfig(ModelConfig):
+    """A residual network of four blocks: 3.5 M parameters at width 64, 0.9 M at 32, 0.2 M at 16."""
+
+    name: str = "residual"
+    width: int = 64  # channels of the first block; the others have 2, 4 and 6 times as many
+    norm: str = "group"  # "group": each image by itself; "batch": by the statistics of the images it comes with
+    downsample: str = "stride"  # "stride", or "max_pool": as ResNet-12, at four times the operations
+
+
+@dataclass
+class PrototypeTransformerConfig(ResidualConfig):
+    """Attention on class prototypes of a residual network: for learner=incontext. The first settings are of that."""
+
+    name: str = "prototype_transformer"
+    d_model: int = 256  # width of the transformer
+    n_heads: int = 4  # attention heads; d_model is a multiple of it
+    n_layers: int = 2  # blocks; 0: prototypes alone
+    d_ff: int | None = None  # width of the feed-forward part; null: 4 * d_model
+    similarity: str = "euclidean"  # "euclidean": negative squared distance; "cosine"
+    scale: float | None = None  # of the logits at the start, learned; null: 1 for euclidean, 10 for cosine
+
+
+@dataclass
 class MLPConfig(ModelConfig):
     """Fully connected network for regression; input and output widths come from the task."""
 
@@ -113,7 +153,7 @@ class InContextConfig(ModelConfig):
     """A transformer that reads the support set; classifier or regressor by the task."""
 
     name: str = "incontext"
-    stem: str = "conv"  # images only: "conv" or "patch"
+    stem: str = "conv"  # images only: "conv", "patch" or "residual"
     patch: int = 7  # images only: side of a patch in pixels
     d_model: int = 64  # width
     n_heads: int = 4  # attention heads; d_model is a multiple of it
@@ -159,6 +199,8 @@ class TrainerConfig:
     val_every: int = 250  # steps between validations; 0: never
     val_episodes: int = 100  # episodes of a validation
     test_episodes: int = 600  # episodes of the final evaluation; 600 or more for a figure worth reporting
+    test_augment: int = 1  # final evaluation: copies of a task, all but one deformed by task.augment, that are averaged
+    protocols: list[str] = field(default_factory=list)  # further final evaluations: one_shot (see ProtocolKind)
     eval_tasks: int = 20  # tasks evaluated at once
     checkpoint_every: int = 100  # steps between checkpoints; the last two are kept
     checkpoint_minutes: float | None = None  # most minutes of wall clock without one; null: steps alone decide
@@ -218,14 +260,25 @@ class Config:
     run_dir: str = MISSING  # where everything of the run is written
 
 
+class ProtocolKind(Enum):
+    """What is evaluated."""
+
+    episodes = "episodes"  # random tasks of a subset of the classes
+    one_shot = "one_shot"  # Omniglot's official test: 20 runs of within-alphabet 20-way 1-shot
+
+
 @dataclass
 class EvaluateConfig:
     """`python -m experiments.evaluate`."""
 
     checkpoint: str = MISSING  # a checkpoint file, or a run directory (its newest good checkpoint)
+    protocol: ProtocolKind = ProtocolKind.episodes  # episodes | one_shot, for runs that never saw its alphabets
     episodes: int = 600  # episodes; 600 or more for a figure worth reporting
     subset: str = "test"  # train | val | test
     seed: int | None = None  # of the episodes; null: those of the run's own final evaluation
+    ways: int | None = None  # classes in a task, for learners whose head is not fixed; null: as in the run
+    shots: int | None = None  # support examples a class; null: as in the run
+    test_augment: int = 1  # copies of a task, all but one deformed as in the run's training, that are averaged
     inner_steps: int | None = None  # steps of adaptation; null: as in the run
     tasks: int = 20  # tasks evaluated at once
     device: str = "auto"  # auto: cuda where there is one | cpu | cuda

@@ -14,6 +14,7 @@ class LearnerKind(Enum):
     reptile = "reptile"
     cavia = "cavia"
     protonet = "protonet"
+    proto_maml = "proto_maml"
     r2d2 = "r2d2"
     incontext = "incontext"
 

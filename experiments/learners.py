@@ -25,20 +25,22 @@ from theria.meta.implicit.linear_solve import Inexact
 from theria.meta.implicit_adjoint import Identity, Implicit
 from theria.meta.maml_plus_plus import MAMLPlusPlus
 from theria.meta.optimisers import Adam, AdamW, InnerOptimiser, RMSprop
+from theria.meta.proto_maml import ProtoMAML
 from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2
 from theria.meta.reptile import Reptile
 from theria.meta.solvers import CG, MINRES, LinearSolver
 from theria.meta.truncated import Truncated
-from theria.nn import InContextClassifier, InContextRegressor
+from theria.nn import InContextClassifier, InContextRegressor, PrototypeTransformer
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+InContextNetwork = InContextClassifier | InContextRegressor | PrototypeTransformer
 
 
 class InContextLearner(nn.Module):
     """Learning in the forward pass: the network reads the support set; training is plain descent on the query loss."""
 
-    def __init__(self, model: InContextClassifier | InContextRegressor, loss_fn: LossFn) -> None:
+    def __init__(self, model: InContextNetwork, loss_fn: LossFn) -> None:
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
 
@@ -112,12 +114,24 @@ def build(
             if ways is None:
                 raise ValueError("learner=protonet classifies: give a task with classes, or learner=r2d2")
             return ProtoNet(_embedding(model), loss_fn, ways=ways, **tasks)
+        case LearnerKind.proto_maml:
+            if ways is None:
+                raise ValueError("learner=proto_maml classifies: give a task with classes, or learner=maml")
+            rates, adapt = optimiser(inner), config.adapt
+            learner = ProtoMAML(_embedding(model), loss_fn, rates, adapt=adapt, ways=ways, **exact)
+            return _head_rates(learner, inner)
         case LearnerKind.r2d2:
             return R2D2(_embedding(model), loss_fn, ways=ways, ridge=config.ridge, **tasks)
     raise ValueError(f"learner={kind.value} is not built around a network: give model=incontext")
 
 
-_PARTIAL = (LearnerKind.maml, LearnerKind.metasgd, LearnerKind.maml_plus_plus, LearnerKind.imaml)
+_PARTIAL = (
+    LearnerKind.maml,
+    LearnerKind.metasgd,
+    LearnerKind.maml_plus_plus,
+    LearnerKind.imaml,
+    LearnerKind.proto_maml,
+)
 
 
 def optimiser(inner: InnerConfig, **changes: Any) -> InnerOptimiser:
@@ -161,7 +175,7 @@ def _solver(config: AdjointConfig) -> LinearSolver:
     return Inexact(kind(rtol=tolerance, max_iterations=config.iterations))
 
 
-def _head_rates(learner: meta.MAML, inner: InnerConfig) -> meta.MAML:
+def _head_rates(learner: base.GradientLearner, inner: InnerConfig) -> base.GradientLearner:
     """The learned rates of the classifier begin at their own value."""
     rates = {name: p for name, p in learner.named_parameters() if name.startswith("rates.lr.")}
     if inner.head_lr is not None:

@@ -17,6 +17,8 @@ from experiments.config import (
     LinearRegressionConfig,
     MLPConfig,
     OmniglotConfig,
+    PrototypeTransformerConfig,
+    ResidualConfig,
     SinusoidConfig,
     TransformerConfig,
 )
@@ -27,7 +29,17 @@ TASKS = {
     schema.name: schema
     for schema in (GlyphsConfig, DigitsConfig, OmniglotConfig, SinusoidConfig, LinearRegressionConfig)
 }
-MODELS = {schema.name: schema for schema in (TransformerConfig, ConvNetConfig, MLPConfig, InContextConfig)}
+MODELS = {
+    schema.name: schema
+    for schema in (
+        TransformerConfig,
+        ConvNetConfig,
+        ResidualConfig,
+        PrototypeTransformerConfig,
+        MLPConfig,
+        InContextConfig,
+    )
+}
 
 
 def register() -> None:
@@ -55,6 +67,22 @@ def container(config: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # pyright: ignore
 
 
+def defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """What the schema gives to each setting for the task and the network that plain values name, "???" where it must
+    be given."""
+    schema = OmegaConf.structured(Config)
+    for group, schemas in (("task", TASKS), ("model", MODELS)):
+        name = values.get(group, {}).get("name")
+        if name in schemas:
+            schema[group] = schemas[name]
+    return OmegaConf.to_container(schema, enum_to_str=True)  # pyright: ignore[reportReturnType]
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values with the schema's default for each setting that they lack."""
+    return _filled(defaults(values), values)
+
+
 def from_container(values: dict[str, Any]) -> Config:
     """The inverse of `container`: the run's own configuration, from its checkpoint.
 
@@ -68,6 +96,15 @@ def from_container(values: dict[str, Any]) -> Config:
         return OmegaConf.to_object(OmegaConf.merge(schema, values))  # pyright: ignore[reportReturnType]
     except Exception as error:
         raise UserError(f"the checkpoint's configuration does not fit this version: {error}") from error
+
+
+def _filled(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _filled(given[key], value) for key, value in values.items() if _is_group(given.get(key), value)}
+    return {**given, **values, **both}
+
+
+def _is_group(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _check_names(node: DictConfig, prefix: str) -> None:

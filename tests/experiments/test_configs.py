@@ -30,6 +30,8 @@ OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / 
 WITH = {
     ("model", "mlp"): ["task=sinusoid", "learner=maml"],
     ("model", "convnet"): ["learner=maml"],
+    ("model", "residual"): ["learner=maml"],
+    ("model", "prototype_transformer"): ["learner=incontext"],
     ("model", "incontext"): ["learner=incontext"],
     ("learner", "incontext"): ["model=incontext"],
     ("learner", "imaml"): ["adjoint=implicit", "inner=sgd"],
