@@ -1,62 +1,128 @@
 """Evaluate a checkpoint on held-out tasks.
 
 python -m experiments.evaluate checkpoint=outputs/default/<date_time> episodes=2000 subset=test
+python -m experiments.evaluate checkpoint=... protocol=one_shot             Omniglot's official within-alphabet test
+python -m experiments.evaluate checkpoint=... ways=20 test_augment=16       other tasks, 16 copies of each averaged
 torchrun --nproc-per-node=4 -m experiments.evaluate ...    the same figures, the episodes shared by four processes
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments import build, checkpoint, errors, launch, processes, store
-from experiments.config import EvaluateConfig, OmniglotConfig
-from experiments.evaluation import Evaluation, evaluate
+from experiments import averaging, build, checkpoint, errors, launch, processes, protocols, store
+from experiments.config import (
+    AugmentConfig,
+    Config,
+    EvaluateConfig,
+    FewShotConfig,
+    OmniglotConfig,
+    ProtocolKind,
+    TaskConfig,
+)
+from experiments.evaluation import Copies, Evaluation, evaluate
+from experiments.learners import Learner
+from experiments.protocols import OneShot
 from theria.meta.distributed import ALONE, Processes
 
 TIMEOUT = 600.0  # seconds that a process waits for another
 
 
-def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processes = ALONE) -> Evaluation:
+def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processes = ALONE) -> Evaluation | OneShot:
     """Rebuild the learner from its checkpoint, evaluate it, write `run_dir`/evaluation.json.
 
     Raises:
         errors.UserError: no readable checkpoint, or settings that its run cannot be evaluated with.
     """
-    if settings.episodes < 1 or settings.tasks < 1:
-        raise errors.UserError(f"episodes={settings.episodes}, tasks={settings.tasks}: both must be at least 1")
+    _check(settings)
+    path, state = checkpoint.find(Path(settings.checkpoint))
+    run = _run_of(settings, state["config"])
+    copies = build.build_copies(run, settings.test_augment, settings.seed)
+    learned = averaging.evaluated(state)
+    result = _one_shot if settings.protocol is ProtocolKind.one_shot else _episodes
+    figures = result(settings, run, learned, copies, ranks)
+    if ranks.is_first:
+        print(f"{path}, step {state['step']}")
+        print(figures.text() + (build.chance(_task_of(settings, run)) if isinstance(figures, Evaluation) else ""))
+        record = {"checkpoint": str(path), "step": state["step"], **figures.record()}
+        (run_dir / "evaluation.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return figures
+
+
+def _check(settings: EvaluateConfig) -> None:
+    """Refuse values outside their range."""
+    if settings.episodes < 1 or settings.tasks < 1 or settings.test_augment < 1:
+        given = f"episodes={settings.episodes}, tasks={settings.tasks}, test_augment={settings.test_augment}"
+        raise errors.UserError(f"{given}: each must be at least 1")
     if settings.inner_steps is not None and settings.inner_steps < 0:
         raise errors.UserError(f"inner_steps={settings.inner_steps}: needed is at least 0, or null for the run's own")
     build.check_seed(settings.seed)
     if not settings.checkpoint.strip():
         raise errors.UserError(errors.value_needed("checkpoint"))
-    path, state = checkpoint.find(Path(settings.checkpoint))
-    run = store.from_container(state["config"])
-    run.trainer.device = settings.device
+
+
+def _run_of(settings: EvaluateConfig, saved: dict[str, Any]) -> Config:
+    """The run's configuration with what the evaluation has otherwise. Its training, and what follows it, is over."""
+    run = store.from_container(saved)
+    run.trainer.device, run.trainer.protocols = settings.device, []
     if settings.root is not None and isinstance(run.task, OmniglotConfig):
         run.task.root = settings.root
-    source = build.build_source(run, settings.subset, tasks=settings.tasks, seed=settings.seed)
-    learner = build.build_learner(run)
-    learner.load_state_dict(state["learner"])
-    learner.eval()
-    steps = next(n for n in (settings.inner_steps, run.inner.eval_steps, run.inner.steps) if n is not None)
-    result = evaluate(
-        learner,
-        source,
-        episodes=settings.episodes,
-        steps=steps,
-        subset=settings.subset,
-        alive=lambda: None,
-        processes=ranks,
+    if settings.inner_steps is not None:
+        run.inner.eval_steps = settings.inner_steps
+    return run
+
+
+def _task_of(settings: EvaluateConfig, run: Config) -> TaskConfig:
+    """The run's tasks, with other sizes where they are given and images as they are."""
+    if settings.subset == "val" and getattr(run.task, "train_on", "train") != "train":
+        raise errors.UserError("subset=val: the run was trained on it too (task.train_on=trainval): needed is test")
+    if settings.ways is not None and not isinstance(run.task, FewShotConfig):
+        raise errors.UserError(f"ways={settings.ways}: task={run.task.name} has no classes: needed is null")
+    sizes = {"ways": settings.ways, "shots": settings.shots}
+    changes: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    if isinstance(run.task, FewShotConfig):
+        changes["augment"] = AugmentConfig()  # of the training only, also when its classes are evaluated
+    return replace(run.task, **changes)
+
+
+def _episodes(
+    settings: EvaluateConfig, run: Config, learned: dict[str, Any], copies: Copies | None, ranks: Processes
+) -> Evaluation:
+    """Random tasks of a subset."""
+    task = _task_of(settings, run)
+    source = build.build_source(replace(run, task=task), settings.subset, tasks=settings.tasks, seed=settings.seed)
+    learner = _learner(run, learned, task.ways if isinstance(task, FewShotConfig) else None)
+    return evaluate(
+        learner, source, episodes=settings.episodes, subset=settings.subset, copies=copies, **_options(run, ranks)
     )
-    if ranks.is_first:
-        print(f"{path}, step {state['step']}")
-        print(result.text() + build.chance(run.task))
-        record = {"checkpoint": str(path), "step": state["step"], **result.record()}
-        (run_dir / "evaluation.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return result
+
+
+def _one_shot(
+    settings: EvaluateConfig, run: Config, learned: dict[str, Any], copies: Copies | None, ranks: Processes
+) -> OneShot:
+    """Omniglot's official test."""
+    runs = build.build_one_shot(run, tasks=settings.tasks)
+    learner = _learner(run, learned, protocols.WAYS)
+    return protocols.one_shot(learner, runs, copies=copies, **_options(run, ranks))
+
+
+def _learner(run: Config, learned: dict[str, Any], ways: int | None) -> Learner:
+    """The run's learner with its parameters, for tasks of so many ways."""
+    if ways is not None:
+        return build.for_ways(run, learned, ways).eval()
+    learner = build.build_learner(run)
+    learner.load_state_dict(learned)
+    return learner.eval()
+
+
+def _options(run: Config, ranks: Processes) -> dict[str, Any]:
+    steps = run.inner.steps if run.inner.eval_steps is None else run.inner.eval_steps
+    return {"steps": steps, "alive": lambda: None, "processes": ranks}
 
 
 @hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="evaluate")
@@ -65,7 +131,7 @@ def entry(cfg: DictConfig) -> float:
     settings = store.to_object(cfg)
     with processes.joined(settings.device, TIMEOUT) as ranks:
         run_dir = processes.directory(ranks, HydraConfig.get().runtime.output_dir)
-        return evaluate_checkpoint(settings, run_dir, ranks).after.mean
+        return evaluate_checkpoint(settings, run_dir, ranks).figure
 
 
 def main() -> None:

@@ -1,15 +1,17 @@
 """Held-out figures with their 95 % confidence intervals."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from experiments.learners import Learner, sequence, takes_steps
 from experiments.tracking import json_value
-from theria.data import Episode, TaskSource
+from theria.data import Augment, Episode, TaskSource
+from theria.data.draws import Draws
 from theria.meta.distributed import ALONE, Processes
 from theria.nn import InContextRegressor
 
@@ -33,16 +35,26 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures on one subset. `curve` holds an estimate a point of `axis`; its last point is the result."""
+    """Figures on one subset. `curve` holds an estimate a point of `axis`; its last point is the result.
+
+    `copies` is the number of copies of each task that were averaged, `protocols` the records of further evaluations.
+    """
 
     subset: str
     metric: str  # "accuracy" or "mse"
     axis: str  # what the curve runs over: "inner steps", "context length" or ""
     curve: list[Estimate]
+    copies: int = 1
+    protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def after(self) -> Estimate:
         return self.curve[-1]
+
+    @property
+    def figure(self) -> float:
+        """The result as one number."""
+        return self.after.mean
 
     @property
     def before(self) -> Estimate | None:
@@ -52,7 +64,9 @@ class Evaluation:
     def text(self) -> str:
         """One line: the result, its interval and the figure without adaptation."""
         percent = self.metric == "accuracy"
-        line = f"{self.subset} {self.metric} {self.after.text(percent)} (95 % interval, {self.after.n} episodes)"
+        averaged = f", {self.copies} copies of each averaged" if self.copies > 1 else ""
+        interval = f"(95 % interval, {self.after.n} episodes{averaged})"
+        line = f"{self.subset} {self.metric} {self.after.text(percent)} {interval}"
         if self.before is None:
             return line
         without = "without adaptation" if self.axis == "inner steps" else "with no context"
@@ -81,8 +95,35 @@ class Evaluation:
             "before_ci95": self.before.half_width if self.before else None,
             "curve": [estimate.mean for estimate in self.curve],
             "curve_ci95": [estimate.half_width for estimate in self.curve],
+            "test_augment": self.copies,
         }
-        return {key: json_value(value) for key, value in values.items()}
+        return {key: json_value(value) for key, value in values.items()} | self.protocols
+
+
+@dataclass(frozen=True)
+class Copies:
+    """A task and deformed copies of it, over whose predictions the mean is taken.
+
+    Attributes:
+        augment: how a copy is deformed: every image of it, support and queries, by draws of its own.
+        number: of copies, the task as it is among them.
+        seed: with the number of the batch and of the copy, determines the deformations.
+    """
+
+    augment: Augment
+    number: int
+    seed: int
+
+    def of(self, episode: Episode, batch: int) -> list[Episode]:
+        """The episode, and `number` - 1 deformed copies of it."""
+        return [episode, *(self._deformed(episode, batch * self.number + i) for i in range(1, self.number))]
+
+    def _deformed(self, episode: Episode, step: int) -> Episode:
+        draws = Draws(self.seed, step)
+        support_x, query_x = (
+            self.augment(x.flatten(0, 1), draws).view_as(x) for x in (episode.support_x, episode.query_x)
+        )
+        return episode._replace(support_x=support_x, query_x=query_x)
 
 
 def estimate(values: Tensor) -> Estimate:
@@ -109,22 +150,57 @@ def curve_axis(learner: Learner) -> str:
     return "context length" if isinstance(learner.model, InContextRegressor) and learner.model.causal else ""
 
 
-def task_curve(learner: Learner, episode: Episode, steps: int) -> Tensor:
+def task_curve(learner: Learner, copies: Sequence[Episode], steps: int) -> Tensor:
     """(P, T) figure of each task at every point of the learner's curve: after 0 to `steps` inner steps, after each
-    length of the context, or the one figure there is."""
-    axis = curve_axis(learner)
-    if axis == "inner steps":
-        predictions = [predict(learner, episode, step) for step in range(steps + 1)]
-        return torch.stack([task_metric(prediction, episode.query_y) for prediction in predictions])
+    length of the context, or the one figure there is. `copies`: the episode and its deformed copies, if any."""
+    axis, episode = curve_axis(learner), copies[0]
     if axis == "context length":
         x, y = sequence(episode)
         return (learner.model.prefixes(x, y) - y).square().flatten(2).mean(2).T  # pyright: ignore
-    return task_metric(learner.predict(episode), episode.query_y)[None]
+    points = range(steps + 1) if axis == "inner steps" else [steps]
+    return torch.stack([task_metric(mean_prediction(learner, copies, point), episode.query_y) for point in points])
 
 
 def predict(learner: Learner, episode: Episode, steps: int) -> Tensor:
     """Predictions of the queries after `steps` inner steps, where the learner takes any."""
     return learner.predict(episode, steps=steps) if takes_steps(learner) else learner.predict(episode)  # pyright: ignore
+
+
+def mean_prediction(learner: Learner, copies: Sequence[Episode], steps: int) -> Tensor:
+    """Of several copies the mean log-probability of each class, so that each copy has the same say; of one, its logits.
+
+    The answer is that of the mean logits, which differ from it by one number a query.
+    """
+    if len(copies) == 1:
+        return predict(learner, copies[0], steps)
+    total = sum(predict(learner, copy, steps).log_softmax(-1) for copy in copies)
+    return total / len(copies)  # pyright: ignore[reportReturnType]
+
+
+def curves(
+    learner: Learner,
+    source: TaskSource,
+    *,
+    episodes: int,
+    steps: int,
+    alive: Callable[[], None],
+    copies: Copies | None = None,
+    processes: Processes = ALONE,
+) -> tuple[Tensor, str]:
+    """(P, n) figures of the first n = `episodes` tasks of a source at each point of the curve, and what they are.
+
+    Each batch is computed whole by one process, so that the figures do not depend on their number.
+    """
+    batches, count, metric = [], 0, ""
+    with torch.no_grad():
+        while count < episodes:
+            alive()
+            batch = len(batches) + processes.rank
+            episode = source.sample(batch)
+            tasks = [episode] if copies is None else copies.of(episode, batch)
+            batches += processes.gather(task_curve(learner, tasks, steps).cpu())
+            count, metric = sum(batch.shape[1] for batch in batches), metric_name(episode)
+    return torch.cat(batches, 1)[:, :episodes], metric
 
 
 def evaluate(
@@ -135,18 +211,13 @@ def evaluate(
     steps: int,
     subset: str,
     alive: Callable[[], None],
+    copies: Copies | None = None,
     processes: Processes = ALONE,
 ) -> Evaluation:
-    """The learner on the first `episodes` tasks of a source. `alive` is called between batches and may raise.
-
-    Each batch is computed whole by one process, so that the figures do not depend on their number.
-    """
-    batches, count, metric = [], 0, ""
-    with torch.no_grad():
-        while count < episodes:
-            alive()
-            episode = source.sample(len(batches) + processes.rank)
-            batches += processes.gather(task_curve(learner, episode, steps).cpu())
-            count, metric = sum(batch.shape[1] for batch in batches), metric_name(episode)
-    curve = torch.cat(batches, 1)[:, :episodes]
-    return Evaluation(subset, metric, curve_axis(learner), [estimate(point) for point in curve])
+    """The learner on the first `episodes` tasks of a source. `alive` is called between batches and may raise;
+    `copies`: average the predictions over deformed copies of each task."""
+    curve, metric = curves(
+        learner, source, episodes=episodes, steps=steps, alive=alive, copies=copies, processes=processes
+    )
+    points = [estimate(point) for point in curve]
+    return Evaluation(subset, metric, curve_axis(learner), points, 1 if copies is None else copies.number)

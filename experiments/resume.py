@@ -30,6 +30,8 @@ FREE = {
     "trainer.val_every",
     "trainer.val_episodes",
     "trainer.test_episodes",
+    "trainer.test_augment",
+    "trainer.protocols",
     "trainer.eval_tasks",
     "trainer.checkpoint_every",
     "trainer.checkpoint_minutes",

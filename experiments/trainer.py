@@ -4,19 +4,19 @@ import math
 import resource as system
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from experiments import checkpoint, health, store
+from experiments import build, checkpoint, health, protocols, store
 from experiments.averaging import Average
 from experiments.capture import outer_step
 from experiments.config import Config, Schedule, TrainerConfig
 from experiments.errors import Interrupted, NonFiniteError
-from experiments.evaluation import Evaluation, evaluate, metric_name, task_metric
+from experiments.evaluation import Copies, Evaluation, evaluate, metric_name, task_metric
 from experiments.interrupt import SignalWatch
 from experiments.learners import Learner, set_epoch
 from experiments.panels import Panels
@@ -286,28 +286,35 @@ class Trainer:
 
     def test(self) -> Evaluation:
         self.say(f"evaluating on {self.trainer.test_episodes} test episodes")
-        return self._evaluate("test", self.trainer.test_episodes)
+        copies = build.build_copies(self.config, self.trainer.test_augment)
+        result = self._evaluate("test", self.trainer.test_episodes, copies)
+        return replace(result, protocols={name: self._one_shot(copies) for name in self.trainer.protocols})
 
-    def _evaluate(self, subset: str, episodes: int) -> Evaluation:
-        inner = self.config.inner
-        steps = inner.steps if inner.eval_steps is None else inner.eval_steps
+    def _one_shot(self, copies: Copies | None) -> dict[str, Any]:
+        """The record of the official test; `protocols.FURTHER` knows no other."""
+        learner = build.for_ways(self.config, self.evaluated.state_dict(), protocols.WAYS).eval()
+        runs = cast(protocols.FixedTasks, self.parts.sources[protocols.ONE_SHOT])
+        result = protocols.one_shot(learner, runs, copies=copies, **self._options())
+        self.say(result.text())
+        self.parts.tracker.scalars(self.step, result.scalars())
+        return result.record()
+
+    def _evaluate(self, subset: str, episodes: int, copies: Copies | None = None) -> Evaluation:
         learner = self.evaluated
         learner.eval()
         try:
             source = self.parts.sources[subset]
-            result = evaluate(
-                learner,
-                source,
-                episodes=episodes,
-                steps=steps,
-                subset=subset,
-                alive=self.alive,
-                processes=self.ranks,
-            )
+            result = evaluate(learner, source, episodes=episodes, subset=subset, copies=copies, **self._options())
         finally:
             learner.train()
         self.parts.tracker.scalars(self.step, result.scalars())
         return result
+
+    def _options(self) -> dict[str, Any]:
+        """What every evaluation of the run has."""
+        inner = self.config.inner
+        steps = inner.steps if inner.eval_steps is None else inner.eval_steps
+        return {"steps": steps, "alive": self.alive, "processes": self.ranks}
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
