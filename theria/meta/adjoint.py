@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from theria.curvature.second_order import second_order
 from theria.meta.constant import constant, plain_gradient
+from theria.meta.cuts import cut_both_ways
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.recompute import Layout, recompute
 from theria.meta.replay import Replay, closed_over_vmap, probe
@@ -97,9 +98,10 @@ class Unrolled(Adjoint):
                 params, state = pytree.tree_map(lambda _, ends=ends: next(ends), (params, state))
             return params
         for _ in range(steps):
+            params, state = cut_both_ways((params, state))
             grads = torch.func.grad(inner_loss)(params, context)
             params, state = optimiser.update(grads, state, params, hyper)
-        return params
+        return cut_both_ways(params)
 
 
 def one_step(

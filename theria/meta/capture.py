@@ -2,15 +2,18 @@
 
 A second derivative through an inner loop is many small kernels, and Python starts them slower than the GPU runs them.
 Where the shapes stay the same from step to step, the whole step (inner loop, outer loss, its gradient) is recorded once
-and then replayed, by one call, without Python in between.
+and then replayed, by one call, without Python in between. Compiled before that, its kernels are fewer and larger.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from theria.meta.compiled import Compiled, Run, layout
 
 WARM_UP = 2  # steps before recording: libraries load and kernels compile in them
 
@@ -25,7 +28,12 @@ class CapturedStep:
 
     The gradients replace those of the step before: there is nothing to zero, and nothing accumulates. Each set of
     shapes is recorded at its first episode; recording runs the step three times. Anywhere but on a CUDA device, nothing
-    is recorded and every step runs as it is.
+    is recorded and every step runs as it is, or compiled.
+
+    With `compile` the operations of a step, those of its gradient among them, are compiled by PyTorch's compiler, which
+    fuses what lies between matrix products; the pieces that inner steps have in common are compiled once
+    (`theria.meta.fused`). That takes a minute or a few, and pays over thousands of steps. The first result is
+    compared with the step's own.
 
     What is recorded is fixed: the shapes, the addresses of parameters and buffers (an optimiser of PyTorch updates them
     in place, and so does `load_state_dict`), and every branch that Python took. The memory of a step stays with its
@@ -35,17 +43,30 @@ class CapturedStep:
     Args:
         learner: a module whose call on an episode returns the outer loss, a scalar.
         parameters: those that get a gradient; by default all of the learner's that require one.
+        compile: compile the step, on a CPU too.
+        autocast: run the step in this dtype where `torch.autocast` does so, the parameters staying as they are: with
+            torch.bfloat16, mixed precision. None: as the caller runs it.
 
     Raises:
-        ValueError: no parameter requires a gradient, or the loss is no scalar.
+        ValueError: no parameter requires a gradient, or the loss is no scalar; a compiled step draws random numbers.
         RuntimeError: the step cannot be recorded, because it waits for the device (a solver that looks at its
-            residuals, an assertion on values) or draws on the CPU (a dropout seed).
+            residuals, an assertion on values) or draws on the CPU (a dropout seed); for a compiled step, a branch that
+            depends on values.
+        ArithmeticError: the compiled step has another gradient than the step itself.
     """
 
-    def __init__(self, learner: nn.Module, parameters: Sequence[nn.Parameter] | None = None) -> None:
-        self.learner = learner
+    def __init__(
+        self,
+        learner: nn.Module,
+        parameters: Sequence[nn.Parameter] | None = None,
+        *,
+        compile: bool = False,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.learner, self.autocast = learner, autocast
         self._given = None if parameters is None else list(parameters)
         self._graphs: dict[Any, _Recorded] = {}
+        self._run: Run = Compiled(learner, self._loss, self._plain, autocast) if compile else self._plain
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -66,7 +87,7 @@ class CapturedStep:
         if parameters[0].device.type != "cuda":
             return self._run(episode, parameters)
         leaves, structure = pytree.tree_flatten(episode)
-        key = _layout(leaves), structure, _places(self.learner), tuple(p.data_ptr() for p in parameters)
+        key = layout(leaves), structure, _places(self.learner), tuple(p.data_ptr() for p in parameters)
         recorded = self._graphs.get(key)
         if recorded is None:
             # what belonged to parameters that are elsewhere now will not be replayed again
@@ -74,15 +95,24 @@ class CapturedStep:
             recorded = self._graphs[key] = _Recorded(self._run, leaves, structure, parameters)
         return recorded.replay(leaves, parameters)
 
-    def _run(self, episode: Any, parameters: list[nn.Parameter]) -> Tensor:
+    def _plain(self, episode: Any, parameters: list[nn.Parameter]) -> Tensor:
         for p in parameters:
             p.grad = None
-        loss = self.learner(episode)
+        loss = self._loss(self.learner, episode)
+        loss.backward()
+        return loss.detach()
+
+    def _loss(self, learner: Callable[[Any], Any], episode: Any) -> Tensor:
+        with ExitStack() as stack:
+            if self.autocast is not None:
+                kind = next(self.learner.parameters()).device.type
+                # a cast that was kept from one step would be read by the graph of another
+                stack.enter_context(torch.autocast(kind, self.autocast, cache_enabled=False))
+            loss = learner(episode)
         if not isinstance(loss, Tensor) or loss.ndim:
             given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the learner returned {given}; a scalar loss is needed. Reduce it, e.g. by .mean()")
-        loss.backward()
-        return loss.detach()
+        return loss
 
 
 class _Recorded:
@@ -119,11 +149,6 @@ class _Recorded:
         for p, grad in zip(parameters, self.grads, strict=True):
             p.grad = grad  # also where the optimiser has set it to None
         return self.loss.clone()
-
-
-def _layout(leaves: list[Any]) -> tuple[Any, ...]:
-    """What a graph is recorded for: shapes, dtypes and devices of tensors, other values themselves."""
-    return tuple((x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves)
 
 
 def _places(learner: nn.Module) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss, check_every, one_step
 from theria.meta.constant import plain_gradient
+from theria.meta.cuts import cut
 from theria.meta.levels import unshared
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.recompute import Layout
@@ -102,6 +103,7 @@ class _Loop:
             with self.replay.step(t):
                 grads = plain_gradient(lambda p: self.inner_loss(p, context), params)
                 params, state = one_step(self.optimiser, grads, state, params, hyper)
+            cut()
             yield params, state
 
     def stored(self, params: Params, trajectory: Sequence[Tensor]) -> list[Point]:
@@ -210,6 +212,7 @@ def _sweep(
         between = [start, *loop.follow(start, context, hyper, range(first, last - 1))]
         del start
         for t in reversed(range(first, last)):
+            cut()
             cotangent, mixed, direct = _step_back(loop, t, loss, between.pop(), selected, hyper, cotangent)
             d_selected = [total + part for total, part in zip(d_selected, mixed, strict=True)]
             d_hyper = pytree.tree_map(torch.add, d_hyper, direct)

@@ -1,0 +1,131 @@
+"""The outer step of a learner as a pure function of tensors: compiled (`theria.meta.fused`), compared with itself."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from theria.meta.fused import Fused
+
+Run = Callable[[Any, list[nn.Parameter]], Tensor]  # (episode, parameters) -> the detached loss; gradients in `.grad`
+Loss = Callable[[Callable[[Any], Any], Any], Tensor]  # (learner, episode) -> its loss, in the precision of the step
+
+# The largest relative difference between what a compiled step gives and the step itself, by the least precise dtype.
+# Both round, in another order, through an inner loop; a compiler's mistake is of the order of 1.
+SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+class Compiled:
+    """`step(episode, parameters)` as compiled pieces, made anew for each layout of episode and learner.
+
+    Args:
+        learner: whose parameters and buffers are inputs of what is compiled.
+        loss: of the learner, or of another function in its place, on an episode.
+        plain: the step that is compiled, to compare with.
+        autocast: the dtype in which `loss` computes, if it says so itself.
+
+    Raises: see `theria.meta.CapturedStep`.
+    """
+
+    def __init__(self, learner: nn.Module, loss: Loss, plain: Run, autocast: torch.dtype | None = None) -> None:
+        self.learner, self.loss, self.plain, self.autocast = learner, loss, plain, autocast
+        self._of: dict[Any, _Step] = {}
+
+    def __call__(self, episode: Any, parameters: list[nn.Parameter]) -> Tensor:
+        leaves, structure = pytree.tree_flatten(episode)
+        state = {**dict(self.learner.named_parameters()), **dict(self.learner.named_buffers())}
+        name_of = {id(tensor): name for name, tensor in state.items()}
+        names = [name_of.get(id(p)) for p in parameters]
+        if None in names:
+            raise ValueError(
+                "a parameter that is not the learner's gets no gradient from a compiled step: make it one of the "
+                "learner's, or give compile=False"
+            )
+        precision = self._precision(parameters[0].device.type)
+        own = tuple(state), layout(list(state.values())), tuple(names), self.learner.training
+        key = layout(leaves), structure, own, precision
+        if key not in self._of:
+            self._of[key] = _Step(self, leaves, structure, state, names, precision)
+        return self._of[key](leaves, state, parameters)
+
+    def _precision(self, kind: str) -> torch.dtype | None:
+        """The dtype of mixed precision, None without."""
+        outside = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return outside if self.autocast is None else self.autocast
+
+
+class _Step:
+    """One layout."""
+
+    def __init__(
+        self,
+        of: Compiled,
+        leaves: list[Any],
+        structure: Any,
+        state: dict[str, Tensor],
+        names: list[Any],
+        precision: torch.dtype | None,
+    ) -> None:
+        self.of, self.structure, self.precision = of, structure, precision
+        self.used, self.checked = [True] * len(names), False
+
+        def function(tensors: list[Tensor]) -> list[Tensor]:
+            own = {name: tensor.detach() for name, tensor in zip(state, tensors, strict=False)}
+            wanted = [own[name].requires_grad_() for name in names]
+            given = iter(tensors[len(own) :])
+            episode = pytree.tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in leaves], structure)
+            with torch.enable_grad():
+                learner = partial(torch.func.functional_call, of.learner, own)
+                loss = of.loss(lambda episode: learner((episode,)), episode)
+                grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+            self.used = [grad is not None for grad in grads]
+            return [loss.detach(), *(grad for grad in grads if grad is not None)]
+
+        self.fused = Fused(function, _inputs(leaves, state))
+
+    def __call__(self, leaves: list[Any], state: dict[str, Tensor], parameters: list[nn.Parameter]) -> Tensor:
+        loss, *found = self.fused(_inputs(leaves, state))
+        if not self.checked:
+            self._check([loss, *found], leaves, parameters)
+        grads = iter(found)
+        for p, used in zip(parameters, self.used, strict=True):
+            p.grad = next(grads) if used else None
+        return loss
+
+    def _check(self, found: list[Tensor], leaves: list[Any], parameters: list[nn.Parameter]) -> None:
+        """Compare with the step itself; one whose numbers are not finite says nothing.
+
+        Raises:
+            ArithmeticError: the two differ by more than roundings.
+        """
+        loss = self.of.plain(pytree.tree_unflatten(leaves, self.structure), parameters)
+        wanted = [loss, *(p.grad for p in parameters if p.grad is not None)]
+        size = _norm(wanted)
+        if not bool(size.isfinite()):
+            return
+        error = float(_norm([a.double() - b for a, b in zip(found, wanted, strict=True)]) / size)
+        allowed = max(SAME.get(dtype, 0.0) for dtype in (self.precision or loss.dtype, *(x.dtype for x in wanted)))
+        if not error <= allowed:
+            raise ArithmeticError(
+                f"the compiled step differs from the step itself by {error:.1e} (relative, loss and gradients; "
+                f"{allowed:.0e} is rounding): give compile=False, and report it with the versions of torch and triton"
+            )
+        self.checked = True
+
+
+def layout(leaves: list[Any]) -> tuple[Any, ...]:
+    """What a step is recorded or compiled for: layouts, dtypes and devices of tensors, other values themselves."""
+    return tuple(
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves
+    )
+
+
+def _inputs(leaves: list[Any], state: dict[str, Tensor]) -> list[Tensor]:
+    return [*(tensor.detach() for tensor in state.values()), *(x for x in leaves if isinstance(x, Tensor))]
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([x.detach().double().square().sum() for x in tensors]).sum().sqrt()

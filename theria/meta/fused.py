@@ -1,0 +1,225 @@
+"""An outer step as a few compiled pieces: the whole of it (inner loop, outer loss, gradient) without autograd.
+
+    trace        the operations that the step runs, its gradients among them, as one graph of PyTorch's own operators
+    functional   the same without operations in place, so that it may be cut anywhere
+    cut          between inner steps (`theria.meta.cuts`); pieces that are equal operation for operation are one
+    compile      each different piece once, by PyTorch's compiler, which fuses what lies between matrix products
+
+The first result is compared with that of the step itself, so that a compiler's mistake is an error.
+"""
+
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from theria.meta import cuts
+
+Tensors = list[Tensor]
+Function = Callable[[Tensors], Tensors]
+Compiler = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]
+
+ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default}
+
+
+def inductor(piece: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """PyTorch's compiler."""
+    import torch._inductor  # takes longer than to import torch
+
+    return torch._inductor.compile(piece, list(inputs))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece at its place in the program."""
+
+    piece: int
+    reads: tuple[int, ...]  # values by number
+    makes: tuple[int, ...]
+    last: tuple[int, ...]  # of those it reads, the ones that nothing reads afterwards
+
+
+class Fused:
+    """A function of tensors as compiled pieces, for inputs of the layout that it was traced with.
+
+    Args:
+        function: (list of tensors) -> list of tensors; it may differentiate inside.
+        inputs: an example, with which it runs once.
+        compiler: (piece, an example of its inputs) -> a function of tensors, one by one, to a sequence of tensors.
+
+    Raises:
+        ValueError: the function draws random numbers, which a compiled step would draw otherwise than the function.
+        RuntimeError: PyTorch's, for a branch that depends on the value of a tensor.
+    """
+
+    def __init__(self, function: Function, inputs: Tensors, compiler: Compiler = inductor) -> None:
+        graph, at = _traced(function, inputs)
+        _refuse_random(graph)
+        graph, at = _functional(graph, at, inputs)
+        self.constants, self.pieces, self.program, self.results = _cut(graph, at)
+        self.compiler = compiler
+        self._compiled: dict[int, Callable[..., Sequence[Tensor]]] = {}
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """The results; a piece is compiled when it is met for the first time."""
+        values: dict[int, Tensor] = dict(enumerate([*inputs, *self.constants]))
+        for step in self.program:
+            given = [values[i] for i in step.reads]
+            for i in step.last:
+                del values[i]
+            run = self._compiled.get(step.piece)
+            if run is None:
+                run = self._compiled[step.piece] = self.compiler(self.pieces[step.piece], given)
+            values.update(zip(step.makes, run(*given), strict=True))
+        return [values[i] for i in self.results]
+
+
+def _traced(function: Function, inputs: Tensors) -> tuple[fx.GraphModule, list[int]]:
+    with cuts.collected() as at:
+        graph = make_fx(function)(inputs)
+    return graph, at
+
+
+def _refuse_random(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise ValueError(
+                f"the step draws random numbers ({node.target}): compiled, it would draw others, and not the same on "
+                "the way back. Draw them outside and pass them in the episode, or run the step without compiling it"
+            )
+
+
+class _Replay(fx.Interpreter):
+    """Runs a graph inside of another trace and says how far that one is at each cut."""
+
+    def __init__(self, graph: fx.GraphModule, at: list[int]) -> None:
+        super().__init__(graph)
+        nodes = list(graph.graph.nodes)
+        self.before = {nodes[i] for i in at if i < len(nodes)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.before:
+            cuts.cut()
+        return super().run_node(n)
+
+
+def _functional(graph: fx.GraphModule, at: list[int], inputs: Tensors) -> tuple[fx.GraphModule, list[int]]:
+    """The same without operations in place."""
+
+    def run(inputs: Tensors) -> Any:
+        return _Replay(graph, at).run(inputs)
+
+    with cuts.collected() as new, torch.no_grad():
+        functional = make_fx(torch.func.functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)(inputs)
+    return functional, new
+
+
+def _cut(module: fx.GraphModule, at: list[int]) -> tuple[Tensors, list[fx.GraphModule], list[Step], list[int]]:
+    """Constants, the different pieces, the program over them, and which of the numbered values are the results."""
+    graph = module.graph
+    piece_of = _places(graph, at)
+    _without_aliases(graph)
+    graph.eliminate_dead_code()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    fixed = [node for node in graph.nodes if node.op == "get_attr"]
+    number = {node: i for i, node in enumerate([*inputs, *fixed])}
+    members: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            members.setdefault(piece_of[node], []).append(node)
+    results: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    pieces: dict[Any, int] = {}
+    modules: list[fx.GraphModule] = []
+    program: list[Step] = []
+    for place in sorted(members):
+        piece = _Piece.of(members[place], set(results))
+        for node in piece.made:
+            number[node] = len(number)
+        key = piece.key()
+        if key not in pieces:
+            pieces[key] = len(modules)
+            modules.append(piece.module())
+        reads, makes = (tuple(number[node] for node in nodes) for nodes in (piece.read, piece.made))
+        program.append(Step(pieces[key], reads, makes, last=()))
+    wanted = [number[node] for node in results]
+    return [_constant(module, node) for node in fixed], modules, _with_ends(program, set(wanted)), wanted
+
+
+def _places(graph: fx.Graph, at: list[int]) -> dict[fx.Node, int]:
+    """Between which cuts a node lies; a part of a result lies where the whole does."""
+    places: dict[fx.Node, int] = {}
+    for i, node in enumerate(graph.nodes):
+        part = node.op == "call_function" and node.target is operator.getitem
+        places[node] = places[node.args[0]] if part else bisect_right(at, i)
+    return places
+
+
+def _without_aliases(graph: fx.Graph) -> None:
+    """Nothing is written to, so that a value and another name for it are the same."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in ALIASES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    value: Any = module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _with_ends(program: list[Step], results: set[int]) -> list[Step]:
+    """The program that drops each value after its last use."""
+    seen, out = set(results), []
+    for step in reversed(program):
+        last = tuple(i for i in dict.fromkeys(step.reads) if i not in seen)
+        seen.update(step.reads)
+        out.append(replace(step, last=last))
+    return out[::-1]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Operations that lie between two cuts, with the values that they read from outside and those that others read."""
+
+    nodes: list[fx.Node]
+    read: list[fx.Node]
+    made: list[fx.Node]
+
+    @classmethod
+    def of(cls, nodes: list[fx.Node], results: set[fx.Node]) -> "_Piece":
+        own = set(nodes)
+        read = dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in own)
+        made = [node for node in nodes if node in results or any(user not in own for user in node.users)]
+        return cls(nodes, list(read), made)
+
+    def key(self) -> Any:
+        """Equal for pieces that do the same to inputs of the same layout."""
+        local = {node: i for i, node in enumerate([*self.read, *self.nodes])}
+        inputs = tuple(_layout(node.meta.get("val")) for node in self.read)
+        body = tuple(
+            (node.target, repr(fx.map_arg((node.args, node.kwargs), lambda n: f"value {local[n]}")))
+            for node in self.nodes
+        )
+        return inputs, body, tuple(local[node] for node in self.made)
+
+    def module(self) -> fx.GraphModule:
+        graph, copies = fx.Graph(), {}
+        for i, node in enumerate(self.read):
+            copies[node] = graph.placeholder(f"x{i}")
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = {}  # of another trace
+        graph.output(tuple(copies[node] for node in self.made))
+        return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _layout(value: Any) -> Any:
+    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
