@@ -1,4 +1,5 @@
-"""Checkpoints that survive a kill at any moment: written aside, flushed to the disk, renamed; the last two are kept."""
+"""Checkpoints that survive a kill at any moment: written aside, flushed to the disk, renamed; the last two are kept,
+and those that are asked for."""
 
 import os
 import random
@@ -15,7 +16,7 @@ from experiments.errors import UserError
 
 FORMAT = 1
 KEEP = 2
-PATTERN = "step_*.pt"
+PATTERN = "step_[0-9]*.pt"
 
 
 def directory(run_dir: Path) -> Path:
@@ -24,7 +25,12 @@ def directory(run_dir: Path) -> Path:
 
 def saved(run_dir: Path) -> list[Path]:
     """The run's checkpoints, the oldest first."""
-    return sorted(directory(run_dir).glob(PATTERN))
+    return sorted(directory(run_dir).glob(PATTERN), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def belongs(path: Path, run_dir: Path) -> bool:
@@ -33,11 +39,17 @@ def belongs(path: Path, run_dir: Path) -> bool:
     return path == run_dir.resolve() or path.parent == directory(run_dir).resolve()
 
 
-def save(run_dir: Path, state: dict[str, Any]) -> Path:
-    """Write `state` (its key "step" names the file) so that a reader sees the whole file or none; drop old ones."""
+def save(run_dir: Path, state: dict[str, Any], keep: int | None = None) -> Path:
+    """Write `state` (its key "step" names the file) so that a reader sees the whole file or none; drop old ones.
+
+    Of this checkpoint and those before it the last two stay, and those at multiples of `keep` steps. Later ones, which
+    a run that had to go on from an earlier step left behind, are not counted: they may be the damaged ones.
+    """
     folder = directory(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{state['step']:08d}.pt"
+    for left in folder.glob(f".{PATTERN}.*"):  # by a process that was killed while it wrote
+        left.unlink()
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
         with temporary.open("wb") as file:
@@ -48,8 +60,9 @@ def save(run_dir: Path, state: dict[str, Any]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     _sync(folder)
-    for old in saved(run_dir)[:-KEEP]:
-        old.unlink()
+    for old in [other for other in saved(run_dir) if step_of(other) <= state["step"]][:-KEEP]:
+        if not (keep and step_of(old) and step_of(old) % keep == 0):
+            old.unlink()
     return path
 
 
@@ -83,14 +96,19 @@ def newest(run_dir: Path, say=print) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         UserError: there are checkpoints and none can be read.
     """
-    paths = saved(run_dir)
-    for path in reversed(paths):
+    paths, reasons = saved(run_dir), []
+    for i, path in reversed(list(enumerate(paths))):
         try:
             return path, load(path)
         except UserError as error:
-            say(f"{error}; trying the checkpoint before it")
+            reasons.append(str(error))
+            if i:
+                say(f"{error}; trying the checkpoint before it, {paths[i - 1].name}")
     if paths:
-        raise UserError(f"no checkpoint in {directory(run_dir)} can be read: {', '.join(path.name for path in paths)}")
+        raise UserError(
+            f"no checkpoint in {directory(run_dir)} can be read:\n  " + "\n  ".join(reasons) + "\nPut a good copy in "
+            "their place, or begin anew in another run_dir."
+        )
     return None
 
 
@@ -129,8 +147,9 @@ def rng_state() -> dict[str, Any]:
 def restore_rng(state: dict[str, Any]) -> None:
     """The inverse of `rng_state`."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available():  # here there may be fewer GPUs than where the checkpoint was written, or none
+        for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(cuda, device)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
