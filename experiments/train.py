@@ -140,7 +140,7 @@ def _draw(trainer: Trainer, result: Evaluation) -> list[Path]:
     steps = len(result.curve) - 1
     drawn = [
         pictures.learning_curve(rows, result.metric, folder / "learning_curve.png"),
-        pictures.episode(parts.learner, parts.sources["test"].sample(0), steps, folder / "episode.png"),
+        pictures.episode(trainer.evaluated, parts.sources["test"].sample(0), steps, folder / "episode.png"),
     ]
     if result.axis:
         baseline = None
