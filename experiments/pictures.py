@@ -134,21 +134,29 @@ def _patch_attention(seen: QueryAttention, image: torch.Tensor, path: Path) -> P
 
 
 def _context_attention(seen: QueryAttention, task: Episode, path: Path) -> Path:
-    """A row a layer and head, a column an example of the support set, with its image and class where it has one."""
+    """A row a layer and head, a column an example of the support set; above it its image, and left of all the query's,
+    where there are images."""
     weights = torch.cat(seen.layers)  # (layers * heads, M)
-    figure, axes = _figure(1, size=(max(3.0, 0.35 * weights.shape[-1] + 1), 0.16 * len(weights) + 1.2))
-    axis = axes[0, 0]
-    image = axis.imshow(weights.numpy(), cmap="Reds", vmin=0, aspect="auto")
+    columns, images = weights.shape[-1], not task.support_y.is_floating_point()
+    figure, axes = _figure(1, 1 + images, size=(0.5 * columns + 1.2, 0.07 * len(weights) + 0.7))
+    axis = axes[-1, 0]
+    axis.imshow(weights.numpy(), cmap="Reds", vmin=0, aspect="auto")
     heads, layers = len(seen.layers[0]), range(len(seen.layers))
     axis.set_yticks([(i + 0.5) * heads - 0.5 for i in layers], [f"layer {i}" for i in layers])
-    if not task.support_y.is_floating_point():
-        axis.set_xticks(range(weights.shape[-1]), [str(label) for label in task.support_y.tolist()])
-        axis.set_xlabel(f"class of the support example; the query is of class {int(task.query_y[0])}")
-    else:
-        axis.set_xlabel("the start token, then the support points")
+    axis.set_xlabel("the start token, then the support points", fontsize=7)
+    if images:
+        labels = [int(task.query_y[0]), *task.support_y.tolist()]
+        for column, image in enumerate([task.query_x[0], *task.support_x], start=-1):
+            place = (column - 0.45, column + 0.45, 0, 1)
+            axes[0, 0].imshow(image.mean(0).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, extent=place, aspect="auto")
+        axes[0, 0].set(xlim=(-1.5, columns - 0.5), ylim=(0, 1))
+        axes[0, 0].axis("off")
+        axis.set_xlim(-1.5, columns - 0.5)
+        axis.set_xticks(range(-1, columns), [str(label) for label in labels])
+        axis.set_xlabel("class; left the query", fontsize=7)
     axis.tick_params(length=0, labelsize=7)
-    axis.xaxis.label.set_size(7)
-    figure.colorbar(image, ax=axis).ax.tick_params(labelsize=6)
+    axis.spines[:].set_visible(False)
+    figure.suptitle(f"most: {float(weights.max()) * columns:.1f} times an even share", fontsize=7)
     return _save(figure, path)
 
 

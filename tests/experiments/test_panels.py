@@ -1,0 +1,367 @@
+"""Panels against independent truths: dense Hessians, hand-made gradients, attention recomputed; and that they disturb
+nothing."""
+
+import json
+import math
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from experiments import attention_maps, checkpoint, health, panels, pictures, provenance, tracking
+from experiments.learners import InContextLearner
+from theria import meta
+from theria.data import Episode
+from theria.meta.cavia import CAVIA, ExtraInputs
+from theria.meta.distributed import Processes
+from theria.meta.maml_plus_plus import MAMLPlusPlus
+from theria.meta.protonet import ProtoNet
+from theria.nn import InContextClassifier, MultiheadAttention, TransformerClassifier
+
+EXACT = 1e-10  # float64, a few hundred operations
+F64 = torch.float64
+
+
+def square(prediction, target):
+    return (prediction - target).square().mean()
+
+
+def regression(tasks=3, seed=0) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tasks, 5, 2), (tasks, 5, 1), (tasks, 4, 2), (tasks, 4, 1)]
+    return Episode(*(torch.randn(*shape, generator=generator, dtype=F64) for shape in shapes))
+
+
+def classification(tasks=2, ways=3, dtype=F64, seed=0) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.rand(tasks, ways * n, 1, 28, 28, generator=generator, dtype=dtype) for n in (1, 2)]
+    labels = [torch.arange(ways).repeat(n).expand(tasks, -1).contiguous() for n in (1, 2)]
+    return Episode(images[0], labels[0], images[1], labels[1])
+
+
+def mlp(width_in=2) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(width_in, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+
+def transformer(pool="mean") -> TransformerClassifier:
+    torch.manual_seed(2)
+    return TransformerClassifier(3, d_model=8, n_heads=2, n_layers=2, patch=14, pool=pool, head_std=0.5).double()
+
+
+# ----------------------------------------------------------------------------------------------------------- curvature
+def dense(model, names, x, y):
+    """Gradient (n,) and Hessian (n, n) of the mean squared error in the named parameters."""
+    whole = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = [whole[name].numel() for name in names]
+
+    def loss(flat):
+        pieces = {name: piece.view_as(whole[name]) for name, piece in zip(names, flat.split(sizes), strict=True)}
+        return square(functional_call(model, {**whole, **pieces}, (x,)), y)
+
+    at = torch.cat([whole[name].flatten() for name in names])
+    return torch.func.grad(loss)(at), torch.func.hessian(loss)(at)
+
+
+@pytest.mark.parametrize("adapt", [None, "2"])
+def test_curvature_is_that_of_the_dense_hessian(adapt):
+    model, episode = mlp(), regression()
+    learner = meta.MAML(model, square, adapt=adapt)
+    g, H = dense(model, learner.adapted, episode.support_x[0], episode.support_y[0])
+    u, ends = g / g.norm(), torch.linalg.eigvalsh(H)
+    found = panels.curvature(learner, episode, products=len(g))
+    expected = {
+        "inner_gradient": g.norm(),
+        "hvp_norm": (H @ u).norm(),
+        "along_gradient": u @ H @ u,
+        "largest_eigenvalue": ends[-1],
+        "smallest_eigenvalue": ends[0],
+    }
+    for name, value in expected.items():
+        assert found[f"curvature/{name}"] == pytest.approx(float(value), rel=EXACT, abs=EXACT), name
+
+
+def test_a_few_products_stay_inside_the_spectrum_and_within_the_stated_error():
+    model, episode = mlp(), regression()
+    learner = meta.MAML(model, square)
+    _, H = dense(model, learner.adapted, episode.support_x[0], episode.support_y[0])
+    values = torch.linalg.eigvalsh(H)
+    found = panels.curvature(learner, episode, products=4)
+    error = found["curvature/eigenvalue_error"]
+    assert error > 0
+    for name, end in (("largest", values[-1]), ("smallest", values[0])):
+        ritz = found[f"curvature/{name}_eigenvalue"]
+        assert values[0] - EXACT <= ritz <= values[-1] + EXACT
+        assert float((values - ritz).abs().min()) <= error + EXACT
+        assert abs(ritz - float(end)) < 0.5 * float(values[-1] - values[0])
+
+
+def test_curvature_of_cavia_is_that_in_its_context():
+    model, episode = ExtraInputs(mlp(3)), regression()
+    learner = CAVIA(model, square, 1)
+    x, y = episode.support_x[0], episode.support_y[0]
+    H = torch.func.hessian(lambda c: square(model(x, c), y))(torch.zeros(1, dtype=F64)).detach()
+    found = panels.curvature(learner, episode)
+    assert found["curvature/largest_eigenvalue"] == pytest.approx(float(H), rel=EXACT)
+    assert found["curvature/along_gradient"] == pytest.approx(float(H), rel=EXACT)
+
+
+def test_learners_without_inner_steps_have_none_of_it():
+    learner = ProtoNet(mlp(), ways=3)
+    assert panels.curvature(learner, regression()) == {}
+    assert panels.inner_curves(learner, regression(), 2) == {}
+    assert panels.gradient(learner, regression()) == {}
+    assert panels.rates(learner) == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ gradient
+def test_share_and_cosine_are_those_of_two_quadratics():
+    """One inner step of rate a on ½ w'diag(h)w: g = (1 - ah)² h w and g1 = (1 - ah) h w, entry by entry."""
+    h, a, w = torch.tensor([0.5, 3.0], dtype=F64), 0.4, torch.tensor([1.0, -2.0], dtype=F64)
+    learner = meta.MAML(
+        lambda p, x: p["w"], lambda p, _: 0.5 * (h * p * p).sum(), meta.SGD(lr=a), params={"w": w}, steps=1
+    )
+    dummy = torch.zeros(1, 1, 1, dtype=F64)
+    full, first = (1 - a * h) ** 2 * h * w, (1 - a * h) * h * w
+    found = panels.gradient(learner, Episode(dummy, dummy, dummy, dummy))
+    assert found["gradient/second_order"] == pytest.approx(math.dist(full, first) / float(full.norm()), rel=EXACT)
+    cosine = sum(x * y for x, y in zip(full.tolist(), first.tolist(), strict=True))
+    cosine /= math.hypot(*full.tolist()) * math.hypot(*first.tolist())
+    assert found["gradient/cosine"] == pytest.approx(cosine, rel=EXACT)
+    assert cosine < 0.99  # 1 - 3a is negative: the two disagree in the second entry
+
+
+def test_a_failure_in_another_process_is_everyones(monkeypatch):
+    monkeypatch.setattr(Processes, "most", lambda self, values: [1.0])
+    with pytest.raises(RuntimeError, match="another one"):
+        health.meta_gradients(meta.MAML(mlp(), square), regression(4), Processes(0, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------- inner loop
+def test_inner_curves_are_those_of_a_loop_by_hand():
+    torch.manual_seed(0)
+    model, rate, steps = nn.Linear(28 * 28, 3).double(), 0.05, 3
+    flat = nn.Sequential(nn.Flatten(-3), model)
+    episode, loss_fn = classification(), nn.functional.cross_entropy
+    found = panels.inner_curves(meta.MAML(flat, loss_fn, meta.SGD(lr=rate), steps=steps), episode, steps)
+    sums: dict[str, float] = {}
+    for task in range(2):
+        sx, sy, qx, qy = (field[task] for field in episode)
+        W, b = model.weight.detach().clone(), model.bias.detach().clone()
+        for step in range(steps + 1):
+            for name, x, y in (("support", sx, sy), ("query", qx, qy)):
+                logits = x.flatten(1) @ W.T + b
+                values = {"loss": loss_fn(logits, y), "accuracy": (logits.argmax(1) == y).double().mean()}
+                for figure, value in values.items():
+                    key = f"steps/{name}_{figure}_{step}"
+                    sums[key] = sums.get(key, 0.0) + float(value) / 2
+            slope = (sx.flatten(1) @ W.T + b).softmax(1) - nn.functional.one_hot(sy, 3)
+            W, b = W - rate * slope.T @ sx.flatten(1) / len(sx), b - rate * slope.mean(0)
+    assert found.keys() == sums.keys()
+    assert found == pytest.approx(sums, rel=EXACT)
+    assert tracking.step_curves(found)["loss"]["query"] == [found[f"steps/query_loss_{i}"] for i in range(4)]
+
+
+def test_learned_rates_are_means_over_each_layer():
+    learner = meta.MAML(mlp(), square, meta.SGD(lr=0.1, learn_lr=True))
+    with torch.no_grad():
+        learner.get_parameter("rates.lr.0/weight").fill_(0.5)  # 6 entries, beside 3 biases of 0.1
+    found = panels.rates(learner)
+    assert found["rates/0"] == pytest.approx((6 * 0.5 + 3 * 0.1) / 9)
+    assert found["rates/2"] == pytest.approx(0.1)
+    assert found["inner/lr_min"] == pytest.approx(0.1)
+    assert panels.rates(MAMLPlusPlus(mlp(), square, steps=2)).keys() >= {"rates/0", "rates/2"}  # one for each step
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+MASKS = {
+    "none": None,
+    "boolean": torch.tensor([[True, False, True], [True, True, False], [False, True, True], [True, True, True]]),
+    "additive": torch.linspace(-1, 1, 12, dtype=F64).view(4, 3),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_maps_are_softmax_and_make_the_layers_output(mask):
+    torch.manual_seed(0)
+    layer = MultiheadAttention(6, 2).double()
+    x, context = torch.randn(4, 6, dtype=F64), torch.randn(3, 6, dtype=F64)
+    output = []
+    call = lambda: output.append(layer(x, context, MASKS[mask]))  # noqa: E731
+    (P,) = attention_maps.attention_maps(nn.Sequential(layer), call).values()
+    assert P.shape == (2, 4, 3)
+    torch.testing.assert_close(P.sum(-1), torch.ones(2, 4, dtype=F64), rtol=EXACT, atol=EXACT)
+    for head in range(2):
+        columns = slice(3 * head, 3 * head + 3)
+        scores = layer.query(x)[:, columns] @ layer.key(context)[:, columns].T / 3**0.5
+        if mask == "boolean":
+            scores[~MASKS["boolean"]] = -math.inf
+        elif mask == "additive":
+            scores = scores + MASKS["additive"]
+        apart = scores.exp() / scores.exp().sum(1, keepdim=True)
+        torch.testing.assert_close(P[head], apart, rtol=EXACT, atol=EXACT)
+    heads = [P[head] @ layer.value(context)[:, 3 * head : 3 * head + 3] for head in range(2)]
+    torch.testing.assert_close(layer.out(torch.cat(heads, 1)), output[0], rtol=EXACT, atol=EXACT)
+    assert not layer._forward_pre_hooks
+
+
+def test_causal_attention_looks_back_only():
+    layer = MultiheadAttention(4, 1, is_causal=True).double()
+    x = torch.randn(3, 4, dtype=F64)
+    P = attention_maps.probabilities(layer, x)
+    assert torch.equal(P.triu(1), torch.zeros_like(P))
+    torch.testing.assert_close(layer.out(P[0] @ layer.value(x)), layer(x), rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_the_attention_of_a_query_is_that_of_the_adapted_network(pool):
+    model, episode = transformer(pool), classification()
+    learner = meta.MAML(model, nn.functional.cross_entropy, meta.SGD(lr=0.5), steps=2)
+    task = Episode(*(field[0] for field in episode))
+    seen = attention_maps.query_attention(learner, task)
+    assert seen is not None
+    copy = transformer(pool)
+    copy.load_state_dict({name: p.detach() for name, p in learner.adapt(*task[:2]).items()})
+    maps = list(attention_maps.attention_maps(copy, lambda: copy(task.query_x[:1])).values())
+    assert len(seen.layers) == 2
+    for row, P, entropy in zip(seen.layers, maps, seen.entropies, strict=True):
+        expected = P[0, :, 0] if pool == "cls" else P[0].mean(1)
+        torch.testing.assert_close(row, expected, rtol=EXACT, atol=EXACT)
+        assert 0 < entropy <= 1
+    unadapted = attention_maps.query_attention(meta.MAML(transformer(pool), nn.functional.cross_entropy), task)
+    assert unadapted is not None
+    assert not torch.allclose(unadapted.layers[1], seen.layers[1], rtol=1e-3)
+
+
+def in_context(task):
+    torch.manual_seed(0)
+    model = InContextClassifier(3, stem="patch", d_model=8, n_heads=2, n_layers=2).double()
+    seen = attention_maps.query_attention(InContextLearner(model, nn.functional.cross_entropy), task)
+    assert seen is not None
+    return seen
+
+
+def test_the_attention_of_a_query_in_context_is_over_the_support_set():
+    task = Episode(*(field[0] for field in classification()))
+    seen = in_context(task)
+    assert seen.over == "context"
+    assert [row.shape for row in seen.layers] == [(2, 3)] * 2
+    for row in seen.layers:
+        torch.testing.assert_close(row.sum(-1), torch.ones(2, dtype=F64), rtol=EXACT, atol=EXACT)
+    # Another order of the support set is another order of the columns; the other queries do not matter.
+    turned = Episode(task.support_x.flip(0), task.support_y.flip(0), task.query_x[:1], task.query_y[:1])
+    other = in_context(turned)
+    torch.testing.assert_close(other.layers[1], seen.layers[1].flip(-1), rtol=1e-8, atol=1e-8)
+
+
+def test_entropy_is_1_everywhere_and_0_at_one_key():
+    assert attention_maps.entropy(torch.full((2, 4), 0.25)) == pytest.approx(1)
+    assert attention_maps.entropy(torch.eye(3)) == 0
+    half = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    assert attention_maps.entropy(half) == pytest.approx(0.5)  # log 2 of log 4
+
+
+def test_a_network_without_attention_has_no_maps():
+    assert attention_maps.query_attention(meta.MAML(mlp(), square), Episode(*(f[0] for f in regression()))) is None
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_pictures_are_drawn(pool, tmp_path):
+    from matplotlib.image import imread
+
+    learner = meta.MAML(transformer(pool), nn.functional.cross_entropy, meta.SGD(lr=0.5), steps=1)
+    episode = classification()
+    task = Episode(*(field[0] for field in episode))
+    seen = attention_maps.query_attention(learner, task)
+    assert seen is not None
+    drawn = [
+        pictures.attention(seen, task, tmp_path / "attention.png"),
+        pictures.attention(in_context(task), task, tmp_path / "context.png"),
+        pictures.episode(learner, episode, 1, tmp_path / "episode.png"),
+    ]
+    for path in drawn:
+        assert imread(path).std() > 0.01, f"{path} is empty"
+
+
+# ------------------------------------------------------------------------------------------------ what they must not do
+def test_panels_change_no_bit_of_the_run(run_here, tmp_path):
+    ends = []
+    for name, options in {"with": ["trainer.health_every=1"], "without": ["trainer.health_every=0"]}.items():
+        run_here(tmp_path / name, *options, "inner.learn_lr=true", "trainer.steps=3", "trainer.val_every=0")
+        ends.append(checkpoint.load(checkpoint.saved(tmp_path / name)[-1]))
+    rows = tracking.read(tmp_path / "with/metrics.jsonl")
+    assert {"gradient/cosine", "curvature/hvp_norm", "steps/query_loss_1", "rates/head"} <= rows[0].keys()
+    with_panels, without = (torch.cat([p.flatten() for p in end["learner"].values()]) for end in ends)
+    assert torch.equal(with_panels, without)
+    assert torch.equal(ends[0]["rng"]["torch"], ends[1]["rng"]["torch"])
+
+
+def test_a_panel_that_fails_says_so_once_and_stops_nothing(run_here, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        torch.rand(3)  # nor does what it drew
+        raise ValueError("no spectrum\nat all")
+
+    monkeypatch.setattr(panels, "curvature", broken)
+    run_here(tmp_path, "trainer.health_every=1")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("panel")]
+    assert said == ["panel curvature failed (ValueError: no spectrum): it is left out from here on"]
+    rows = [row for row in tracking.read(tmp_path / "metrics.jsonl") if "gradient/cosine" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert not any(name.startswith("curvature/") for row in rows for name in row)
+    assert all("steps/query_loss_1" in row for row in rows)
+
+
+def test_panels_beyond_their_share_of_the_time_are_skipped(run_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(panels, "ALLOWANCE", 0.0)
+    run_here(tmp_path / "none", "trainer.health_every=1", "trainer.health_share=0")
+    run_here(tmp_path / "all", "trainer.health_every=1", "trainer.health_share=1")
+    steps = {
+        name: [row["step"] for row in tracking.read(tmp_path / name / "metrics.jsonl") if "gradient/cosine" in row]
+        for name in ("none", "all")
+    }
+    assert steps == {"none": [1], "all": [1, 2, 3, 4, 5, 6]}
+
+
+# ---------------------------------------------------------------------------------------------------------- provenance
+def git(folder, *arguments):
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path):
+    assert provenance.commit(tmp_path) is None
+    git(tmp_path, "init", "-q")
+    assert provenance.commit(tmp_path) is None  # nothing committed yet
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "add", "code.py")
+    git(tmp_path, "commit", "-qm", "one")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    assert provenance.commit(tmp_path) == {"hash": head, "dirty": False}
+    (tmp_path / "new.py").write_text("2")  # an output, say
+    assert provenance.commit(tmp_path) == {"hash": head, "dirty": False}
+    (tmp_path / "code.py").write_text("3")
+    assert provenance.commit(tmp_path) == {"hash": head, "dirty": True}
+    (tmp_path / "inside").mkdir()
+    assert provenance.commit(tmp_path / "inside") is None  # somebody else's repository
+
+
+def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit() is None
+
+
+def test_every_part_of_a_run_says_how_it_began(run_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "commit", lambda: {"hash": "abc", "dirty": True})
+    schedule = "trainer.schedule=constant"
+    run_here(tmp_path, schedule, "trainer.steps=2")
+    run_here(tmp_path, schedule, "trainer.steps=4", "trainer.resume=true")
+    first, second = json.loads((tmp_path / "run.json").read_text())["parts"]
+    assert first["command"] == f"python -m experiments.train {schedule} trainer.steps=2"
+    assert (first["step"], second["step"]) == (0, 2)
+    assert first["machine"]["torch"] == torch.__version__
+    assert second["commit"] == {"hash": "abc", "dirty": True}
+    (tmp_path / "run.json").write_text("{")
+    provenance.record(tmp_path, "again", 4)
+    assert [part["command"] for part in json.loads((tmp_path / "run.json").read_text())["parts"]] == ["again"]
