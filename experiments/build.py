@@ -170,11 +170,11 @@ def build_sources(config: Config) -> dict[str, TaskSource]:
     tasks = {"train": config.task.tasks, "val": config.trainer.eval_tasks, "test": config.trainer.eval_tasks}
     sources: dict[str, TaskSource] = {subset: build_source(config, subset, tasks=tasks[subset]) for subset in SUBSETS}
     if protocols.ONE_SHOT in config.trainer.protocols:
-        sources[protocols.ONE_SHOT] = build_one_shot(config, tasks=config.trainer.eval_tasks)
+        sources[protocols.ONE_SHOT] = build_one_shot(config)
     return sources
 
 
-def build_one_shot(config: Config, *, tasks: int) -> protocols.FixedTasks:
+def build_one_shot(config: Config) -> protocols.FixedTasks:
     """The runs of Omniglot's official one-shot test.
 
     Raises:
@@ -182,7 +182,7 @@ def build_one_shot(config: Config, *, tasks: int) -> protocols.FixedTasks:
     """
     task = protocols.check_one_shot(config.task)
     try:
-        return protocols.FixedTasks(data.omniglot_one_shot_runs(task.root, size=task.size).to(device(config)), tasks)
+        return protocols.FixedTasks(data.omniglot_one_shot_runs(task.root, size=task.size).to(device(config)))
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"task={task.name}: {error}") from error
 
@@ -232,9 +232,8 @@ def build_model(config: Config) -> nn.Module:
     """The network, its input and output sizes taken from the task."""
     model, task, backend = config.model, config.task, config.ops.backend.value
     images = isinstance(task, FewShotConfig)
-    sizes: dict[str, Any] = (
-        {"image_size": task.size} if isinstance(task, OmniglotConfig) else {}
-    )  # the others are of 28 pixels
+    # The images of other tasks are of 28 pixels, the networks' default.
+    sizes: dict[str, Any] = {"image_size": task.size} if isinstance(task, OmniglotConfig) else {}
     match model:
         case TransformerConfig() if images:
             return networks.TransformerClassifier(task.ways, **_arguments(model), **sizes, backend=backend)

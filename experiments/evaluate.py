@@ -106,7 +106,7 @@ def _one_shot(
     settings: EvaluateConfig, run: Config, learned: dict[str, Any], copies: Copies | None, ranks: Processes
 ) -> OneShot:
     """Omniglot's official test."""
-    runs = build.build_one_shot(run, tasks=settings.tasks)
+    runs = build.build_one_shot(run)
     learner = _learner(run, learned, protocols.WAYS)
     return protocols.one_shot(learner, runs, copies=copies, **_options(run, ranks))
 
