@@ -140,7 +140,7 @@ def _context_attention(seen: QueryAttention, task: Episode, path: Path) -> Path:
     columns, images = weights.shape[-1], not task.support_y.is_floating_point()
     figure, axes = _figure(1, 1 + images, size=(0.5 * columns + 1.2, 0.07 * len(weights) + 0.7))
     axis = axes[-1, 0]
-    axis.imshow(weights.numpy(), cmap="Reds", vmin=0, aspect="auto")
+    axis.imshow(weights.numpy(), cmap="Reds", aspect="auto", vmin=0, vmax=max(float(weights.max()), 4 / columns))
     heads, layers = len(seen.layers[0]), range(len(seen.layers))
     axis.set_yticks([(i + 0.5) * heads - 0.5 for i in layers], [f"layer {i}" for i in layers])
     axis.set_xlabel("the start token, then the support points", fontsize=7)

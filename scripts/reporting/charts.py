@@ -17,6 +17,7 @@ TOP, BOTTOM, LEFT = 10, 34, 48  # margins; the right one has the room that the l
 COLORS = 8
 MOST_POINTS = 200  # of a line; more are averaged
 MOST_LABEL = 18  # letters of a label in a chart
+LINE = 12  # between two labels
 
 
 @dataclass(frozen=True)
@@ -218,14 +219,18 @@ def _end_labels(lines: Sequence[Line], x: Scale, y: Scale) -> list[str]:
     single line."""
     if len(lines) < 2:
         return []
-    placed: list[tuple[float, int]] = []
-    for at, i in sorted((y(line.points[-1][1]), i) for i, line in enumerate(lines)):
-        placed.append((max(at, placed[-1][0] + 12) if placed else at, i))
-    over = max(0.0, placed[-1][0] - (HEIGHT - BOTTOM + 4))
+    order = sorted(range(len(lines)), key=lambda i: y(lines[i].points[-1][1]))
+    heights = [y(lines[i].points[-1][1]) for i in order]
+    for k in range(1, len(order)):  # downwards, then up again from the bottom
+        heights[k] = max(heights[k], heights[k - 1] + LINE)
+    lowest = HEIGHT - BOTTOM + 4.0
+    for k in reversed(range(len(order))):
+        heights[k] = lowest = min(heights[k], lowest)
+        lowest -= LINE
     return [
-        f'<text class="label c{lines[i].run % COLORS}" x="{x.end + 8:.1f}" y="{at - over + 3.5:.1f}">'
+        f'<text class="label c{lines[i].run % COLORS}" x="{x.end + 8:.1f}" y="{at + 3.5:.1f}">'
         f"{escape(short(lines[i].label))}</text>"
-        for at, i in placed
+        for at, i in zip(heights, order, strict=True)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from html import escape
@@ -32,15 +33,14 @@ def estimate(values: dict[str, Any], name: str = "mean", interval: str = "ci95")
 
 
 def summary(runs: Sequence[Run]) -> list[Section]:
-    """The comparison across runs, what their settings differ in, and means over seeds where there are several."""
-    sections = [("Comparison", _comparison(runs) + _seeds(runs) + _notes(runs))]
-    if len(runs) > 1:
-        sections.append(("What differs", _differences(runs)))
-    return sections
+    """The comparison across runs, means over seeds where there are several, and what could not be read."""
+    return [("Comparison", _comparison(runs) + _seeds(runs) + _notes(runs))]
 
 
 def origins(runs: Sequence[Run]) -> list[Section]:
-    return [("Where each run comes from", "".join(_origin(run, i) for i, run in enumerate(runs)))]
+    """What the settings of the runs differ in, and the command and commit of each."""
+    sections = [("Where each run comes from", "".join(_origin(run, i) for i, run in enumerate(runs)))]
+    return [("What differs", _differences(runs)), *sections] if len(runs) > 1 else sections
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -132,7 +132,7 @@ def _differences(runs: Sequence[Run]) -> str:
     names = sorted({name for _, _, values in recorded for name in values} - {"run_dir"})
     rows = []
     for name in names:
-        cells = [str(values.get(name, MISSING)) for _, _, values in recorded]
+        cells = [json.dumps(values[name], default=str) if name in values else MISSING for _, _, values in recorded]
         if len(set(cells)) > 1:
             rows.append([f"<code>{escape(name)}</code>", *(escape(cell) for cell in cells)])
     if len(recorded) < 2:
