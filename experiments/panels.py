@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,54 +53,56 @@ class Panels:
         self.spent = 0.0  # seconds of all panels so far
         self.off: set[str] = set()  # panels that failed
 
-    def measure(self, step: int, episode: Episode, elapsed: float) -> Figures:
-        """The figures of a step. All processes call it, each with all tasks; one gradient panel is shared by them.
+    def measure(self, step: int, episode: Episode, elapsed: float, evaluated: Learner) -> Figures:
+        """The figures of a step. All processes call it, each with all tasks; they share the work of `gradient`.
 
         Args:
             episode: of the training classes, T tasks.
             elapsed: seconds of the run so far.
+            evaluated: what held-out tasks are for: the learner, or one with the average of its parameters.
         """
         allowed = ALLOWANCE + self.parts.config.trainer.health_share * elapsed
         if self.ranks.most([self.spent - allowed])[0] > 0:
             return {}
         begun, found = time.monotonic(), {}
-        with _aside(self.learner):
+        with _aside(self.learner), _aside(evaluated):
             found |= self._guarded("gradient", lambda: gradient(self.learner, episode, self.ranks))
             if self.ranks.is_first:
-                found |= self._alone(step, episode)
+                found |= self._alone(step, episode, evaluated)
         self.spent += time.monotonic() - begun
         return {**found, "system/panel_seconds": self.spent}
 
-    def _alone(self, step: int, episode: Episode) -> Figures:
+    def _alone(self, step: int, episode: Episode, evaluated: Learner) -> Figures:
         """The panels of one process, on tasks of which it has all."""
         inner = self.parts.config.inner
         steps = inner.steps if inner.eval_steps is None else inner.eval_steps
         held_out = Episode(*(field[:TASKS] for field in self.parts.sources["val"].sample(0)))
         panels: dict[str, Callable[[], Figures]] = {
             "rates": lambda: rates(self.learner),
-            "steps": lambda: inner_curves(self.learner, held_out, steps),
             "curvature": lambda: curvature(self.learner, episode),
-            "attention": lambda: self._attention(step, held_out),
-            "episode": lambda: self._episode(step, held_out, steps),
+            "steps": lambda: inner_curves(evaluated, held_out, steps),
+            "attention": lambda: self._attention(step, evaluated, held_out),
+            "episode": lambda: self._episode(step, evaluated, held_out, steps),
         }
         self.learner.eval()
+        evaluated.eval()
         return {key: value for name, panel in panels.items() for key, value in self._guarded(name, panel).items()}
 
-    def _attention(self, step: int, tasks: Episode) -> Figures:
+    def _attention(self, step: int, learner: Learner, tasks: Episode) -> Figures:
         task = Episode(*(field[0] for field in tasks))
-        seen = attention_maps.query_attention(self.learner, task)
+        seen = attention_maps.query_attention(learner, task)
         if seen is None:
             return {}
         if self.parts.config.trainer.pictures:
             self._shown(step, pictures.attention(seen, task, self.parts.run_dir / "pictures/attention.png"))
         return {f"attention/entropy_layer{i}": value for i, value in enumerate(seen.entropies)}
 
-    def _episode(self, step: int, tasks: Episode, steps: int) -> Figures:
+    def _episode(self, step: int, learner: Learner, tasks: Episode, steps: int) -> Figures:
         if self.parts.config.trainer.pictures:
-            self._shown(step, pictures.episode(self.learner, tasks, steps, self.parts.run_dir / "pictures/episode.png"))
+            self._shown(step, pictures.episode(learner, tasks, steps, self.parts.run_dir / "pictures/episode.png"))
         return {}
 
-    def _shown(self, step: int, path: "pictures.Path") -> None:
+    def _shown(self, step: int, path: Path) -> None:
         self.parts.tracker.picture(step, path.stem, path)
 
     def _guarded(self, name: str, panel: Callable[[], Figures]) -> Figures:

@@ -3,7 +3,7 @@
 python -m experiments.train                                the default run: 5-way 1-shot on rendered characters
 python -m experiments.train experiment=sinusoid_maml       one of configs/experiment
 python -m experiments.train task.ways=10 inner.steps=3     any setting by its name
-python -m experiments.train --multirun seed=0,1,2          one run after the other
+python -m experiments.train --multirun seed=0,1,2          one run after the other; on a cluster: docs/scaling.md
 torchrun --nproc-per-node=4 -m experiments.train ...       the tasks of each step shared by four processes, the same
                                                            run to rounding: gloo on CPUs, NCCL with a GPU for each
 
@@ -20,6 +20,7 @@ process of the run is gone or hangs; 130, 143 after a signal.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -41,12 +42,14 @@ from experiments import (
     store,
     tracking,
 )
-from experiments.config import Config, LinearRegressionConfig
+from experiments.config import Config, FewShotConfig, LinearRegressionConfig
 from experiments.evaluation import Evaluation
 from experiments.interrupt import SignalWatch
-from experiments.trainer import Parts, Trainer
+from experiments.trainer import Parts, Trainer, peak_memory
 from theria.meta.distributed import ALONE, LostProcess, Processes
 from theria.testing.machine import machine
+
+VALIDATION = ("val/accuracy", "val/mse")
 
 
 def train(settings: Config, run_dir: Path, overrides: list[str], ranks: Processes = ALONE) -> Evaluation:
@@ -122,7 +125,9 @@ def _run(trainer: Trainer, command: str) -> Evaluation:
 def _report(trainer: Trainer, result: Evaluation, command: str) -> None:
     """results.json, the pictures, and the lines that end a run."""
     parts = trainer.parts
-    record = {"command": command, "step": trainer.step, "seconds": round(trainer.elapsed, 1)}
+    memory = {name.split("/")[1]: round(value) for name, value in peak_memory(trainer.parameters[0].device).items()}
+    record = {"command": command, "seed": parts.config.seed, "step": trainer.step}
+    record |= {"seconds": round(trainer.elapsed, 1), **memory}
     record |= {**result.record(), "machine": machine()}
     (parts.run_dir / "results.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if trainer.trainer.pictures:
@@ -157,7 +162,7 @@ def _checkpoint(settings: Config, run_dir: Path) -> tuple[Path, dict] | None:
     Raises:
         errors.UserError: nothing readable there, another configuration, or a run that would overwrite an older one.
     """
-    wanted = settings.trainer.resume
+    wanted = settings.trainer.resume or (launch.is_queued() and bool(checkpoint.saved(run_dir)))
     goes_on = wanted is True or (bool(wanted) and checkpoint.belongs(Path(str(wanted)), run_dir))
     if checkpoint.saved(run_dir) and not goes_on:
         raise errors.UserError(
@@ -180,18 +185,41 @@ def _validated(run_dir: Path) -> int:
     return max((row["step"] for row in rows if any(key.startswith("val/") for key in row)), default=-1)
 
 
+def objective(run_dir: Path) -> float:
+    """What a sweep optimises: the figure of the last validation; NaN where there was none."""
+    rows = tracking.read(run_dir / tracking.METRICS)
+    return next((row[key] for row in reversed(rows) for key in VALIDATION if key in row), math.nan)
+
+
+def check_sweep(settings: Config, sweeper: DictConfig) -> None:
+    """Refuse a search that has nothing to optimise, or goes the wrong way.
+
+    Raises:
+        errors.UserError: with what is needed.
+    """
+    if "direction" not in sweeper:
+        return
+    if settings.trainer.val_every == 0:
+        raise errors.UserError("trainer.val_every=0: a sweep optimises the last validation: needed is at least 1")
+    needed = "maximize" if isinstance(settings.task, FewShotConfig) else "minimize"
+    if sweeper.direction != needed:
+        raise errors.UserError(f"hydra.sweeper.direction={sweeper.direction}: task={settings.task.name} needs {needed}")
+
+
 def _warn(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
 @hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="train")
 def entry(cfg: DictConfig) -> float:
-    """Hydra's entry point; returns the test figure, so that a sweeper can optimise it."""
+    """Hydra's entry point; returns the last validation, so that a sweeper can optimise it. It never sees the test."""
     hydra_config = HydraConfig.get()
     settings = store.to_object(cfg)
+    check_sweep(settings, hydra_config.sweeper)
     with processes.joined(settings.trainer.device, settings.trainer.process_timeout) as ranks:
         run_dir = processes.directory(ranks, hydra_config.runtime.output_dir)
-        return train(settings, run_dir, list(hydra_config.overrides.task), ranks).after.mean
+        train(settings, run_dir, list(hydra_config.overrides.task), ranks)
+        return objective(run_dir)
 
 
 def main() -> None:
@@ -201,4 +229,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By its own name: a launcher pickles the entry point, and that of `__main__` with all that it reads, torch.ops too.
+    from experiments import train as importable
+
+    importable.main()

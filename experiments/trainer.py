@@ -272,7 +272,7 @@ class Trainer:
         if not self._due(self.trainer.health_every):
             return {}
         begun = time.monotonic()
-        found = self.panels.measure(self.step, self._episode(), self.elapsed)
+        found = self.panels.measure(self.step, self._episode(), self.elapsed, self.evaluated)
         self._mark = (self._mark[0], self._mark[1] + time.monotonic() - begun)  # no part of the tasks per second
         return found
 

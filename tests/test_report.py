@@ -191,10 +191,27 @@ def test_an_evaluation_belongs_to_its_run(made: Reporter, tmp_path: Path) -> Non
     (folder / "evaluation.json").write_text(json.dumps(record))
     page = check(made(folder, run))
     assert "96.22 % ± 0.07" in page.text
-    assert "evaluation on test, step 100" in page.text
+    assert "evaluation of step 100: test" in page.text
     assert ">evaluation<" not in made(folder, run)  # no run of its own
     alone = check(made(folder))
     assert "96.22 % ± 0.07" in alone.text
+
+
+def test_the_official_test_has_its_own_interval(made: Reporter, tmp_path: Path) -> None:
+    run, folder = make_run(tmp_path / "run"), tmp_path / "evaluation"
+    record = {"protocol": "one_shot", "error": 0.0125, "error_low": 0.0054, "error_high": 0.0288, "trials": 400}
+    result = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(result | {"one_shot": record}))
+    assert "1.25 % wrong (0.54 to 2.88)" in check(made(run)).text
+    folder.mkdir()
+    later = {**record, "error": 0.02, "checkpoint": str(run), "step": 90}
+    (folder / "evaluation.json").write_text(json.dumps(later))
+    page = check(made(folder, run))
+    assert "1.25 % wrong" in page.text
+    assert (
+        "evaluation of step 90: official within-alphabet one-shot test2.00 % wrong (0.54 to 2.88)400 answers"
+        in page.text
+    )
 
 
 def test_errors_are_no_percentages(made: Reporter, tmp_path: Path) -> None:

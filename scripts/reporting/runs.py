@@ -82,7 +82,9 @@ class Run:
     def peak_memory(self) -> tuple[float, str] | None:
         """(MiB, whose): the device's where it was one, else the resident memory of the process."""
         for name, whose in (("system/peak_cuda_memory_mb", "GPU"), ("system/peak_memory_mb", "resident")):
-            if values := [value for _, value in self.series(name)]:
+            values = [value for _, value in self.series(name)]
+            values += [value] if (value := number(self.results, name.split("/")[1])) is not None else []
+            if values:
                 return max(values), whose
         return None
 

@@ -15,6 +15,7 @@ Section = tuple[str, str]
 # Settings that two runs of the same experiment may differ in.
 INCIDENTAL = ("seed", "run_dir", "name", "tracking.", "trainer.resume", "trainer.display", "trainer.threads")
 MISSING = "–"
+ONE_SHOT = "official within-alphabet one-shot test"
 
 
 def key(run: Run, number_of_run: int) -> str:
@@ -58,9 +59,15 @@ def _comparison(runs: Sequence[Run]) -> str:
     rows = []
     for i, run in enumerate(runs):
         rows.append([key(run, i), escape(_task(run)), *_figures(run.results, run), *_costs(run)])
+        rows += [
+            ["", ONE_SHOT, *_one_shot(run.results["one_shot"]), *[""] * 5] for _ in range("one_shot" in run.results)
+        ]
         for evaluation in run.evaluations:
-            name = f"evaluation on {evaluation.get('subset', 'test')}, step {evaluation.get('step', '?')}"
-            rows.append(["", escape(name), *_figures(evaluation, run), *[""] * 5])
+            official = evaluation.get("protocol") == "one_shot"
+            name = f"evaluation of step {evaluation.get('step', '?')}: "
+            name += ONE_SHOT if official else str(evaluation.get("subset", "test"))
+            figures = _one_shot(evaluation) if official else _figures(evaluation, run)
+            rows.append(["", escape(name), *figures, *[""] * 5])
     text = "The figure on the test classes with its 95 % interval over the episodes; before: without adaptation."
     return f'<p class="soft">{text}</p>' + table(head, rows, right=(2, 3, 4, 5, 6, 7, 8, 9))
 
@@ -76,8 +83,19 @@ def _figures(values: dict[str, Any], run: Run) -> list[str]:
     return [f"<b>{estimate(values)}</b>", f"{episodes:,.0f}" if episodes else MISSING, before]
 
 
+def _one_shot(values: Any) -> list[str]:
+    """The error in the official test, with Wilson's interval, and the number of answers."""
+    values = values if isinstance(values, dict) else {}
+    error, low, high = (number(values, name) for name in ("error", "error_low", "error_high"))
+    if error is None:
+        return ["not recorded", MISSING, MISSING]
+    interval = "" if low is None or high is None else f" ({100 * low:.2f} to {100 * high:.2f})"
+    trials = number(values, "trials")
+    return [f"<b>{100 * error:.2f} % wrong</b>{interval}", f"{trials:,.0f} answers" if trials else MISSING, MISSING]
+
+
 def _costs(run: Run) -> list[str]:
-    seed, steps, seconds = run.config.get("seed"), run.steps_done, run.seconds
+    seed, steps, seconds = run.config.get("seed", run.results.get("seed")), run.steps_done, run.seconds
     memory, speed = run.peak_memory, run.tasks_per_second
     return [
         MISSING if seed is None else escape(str(seed)),
