@@ -19,6 +19,11 @@ from theria.ops import UnsupportedError
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENOSPC}
 
 
+# What makes several runs, or runs them elsewhere.
+SWEEPS = ("hydra/launcher", "hydra/sweeper", "sweep")
+UNKNOWN_PLUGIN = "Unknown plugin class : 'hydra_plugins."  # Hydra's words for one that is not installed
+
+
 class UserError(Exception):
     """Ends the program with its message and `exit_code`, without a traceback.
 
@@ -71,7 +76,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Refuse what Hydra would take for something else, before it makes a folder.
 
     Raises:
-        UserError: an empty path, which would be the current directory; a sweep with a run_dir, which it would ignore.
+        UserError: an empty path, which would be the current directory; a sweep with a run_dir, which it would ignore;
+            a launcher or sweeper for one run, which would ignore it.
     """
     given = {key.lstrip("+"): value for key, sign, value in (item.partition("=") for item in arguments) if sign}
     for key in ("run_dir", "checkpoint"):
@@ -82,6 +88,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
             f"run_dir={given['run_dir']}: the runs of --multirun have a directory each: give "
             f"hydra.sweep.dir={given['run_dir']}, in which they are 0, 1, ..."
         )
+    for key in SWEEPS:
+        if given.get(key, "null") not in ("null", "basic") and not {"--multirun", "-m"} & {*arguments}:
+            raise UserError(f"{key}={given[key]}: without --multirun Hydra runs once, here: give --multirun as well")
     if launch.size() > 1 and {"--multirun", "-m"} & {*arguments}:
         raise UserError("--multirun: several processes train one run at a time: start each of them with torchrun")
 
@@ -107,6 +116,11 @@ def run(entry: Callable[[], None]) -> None:
         if verbose:
             raise
         message, code = f"{error} The setting is ops=...", UserError.exit_code
+    except RuntimeError as error:
+        if verbose or UNKNOWN_PLUGIN not in str(error):
+            raise
+        package = str(error).split(UNKNOWN_PLUGIN)[1].split(".")[0].replace("_", "-")
+        message, code = f"{package} is not installed: pip install -e '.[sweeps]'", UserError.exit_code
     except OSError as error:
         if verbose or error.errno not in UNWRITABLE or error.filename is None:
             raise

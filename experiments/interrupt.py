@@ -5,10 +5,16 @@ import threading
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_QUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SignalWatch:
-    """While the block runs, SIGINT and SIGTERM are remembered in `received`; a second one ends the program at once."""
+    """While the block runs, SIGINT and SIGTERM are remembered in `received`; a second one ends the program at once.
+
+    A job of submitit's has a handler for SIGUSR2 (or what SUBMITIT_PREEMPT_SIGNAL says) that puts the job back into the
+    queue. There that signal is remembered instead, and handed on to the handler when an error ends the block: after the
+    checkpoint, and not in the middle of a step. SIGTERM is left to submitit, which lets it pass: Slurm sends it along.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -16,12 +22,17 @@ class SignalWatch:
 
     def __enter__(self) -> "SignalWatch":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python cannot install handlers
-            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+            queue = [number for number in _QUEUE if callable(signal.getsignal(number))]
+            watched = [signal.SIGINT, *queue] if queue else _SIGNALS
+            self._before = {number: signal.signal(number, self._remember) for number in watched}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        handler = self._before.get(self.received or 0) if self.received in _QUEUE else None
+        if failed and callable(handler):
+            handler(self.received, None)  # ends the process
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:

@@ -21,6 +21,11 @@ def is_other() -> bool:
     return size() > 1 and os.environ.get("RANK", "0") != "0"
 
 
+def is_queued() -> bool:
+    """Whether this is a job of submitit's, which may be one that was preempted and is run again."""
+    return "SUBMITIT_EXECUTOR" in os.environ
+
+
 def quiet_others() -> None:
     """Before Hydra reads the command line: only the first process may write."""
     if is_other():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import (
@@ -45,11 +46,20 @@ MODELS = {
 def register() -> None:
     """Put every schema into Hydra's store; the YAML files of `configs/` name them in their defaults lists."""
     store = ConfigStore.instance()
+    _prefer_files(store)
     store.store(name="schema", node=Config)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     for group, schemas in {"task": TASKS, "model": MODELS}.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def _prefer_files(store: ConfigStore) -> None:
+    """Take the options of Hydra's plugins that `configs/hydra` has as well out of the store: else Hydra would refuse a
+    file as one that it has to check against an option of the same name."""
+    Plugins.instance()  # imports the plugins, which fill the store
+    for path in Path(CONFIG_DIR, "hydra").glob("*/*.yaml"):
+        store.repo.get("hydra", {}).get(path.parent.name, {}).pop(path.name, None)
 
 
 def to_object(cfg: DictConfig) -> Any:
