@@ -1,0 +1,237 @@
+"""A compiled step is the step: the same loss and gradients, from fewer pieces, or an error."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.functional import cross_entropy
+
+from theria.meta import ANIL, MAML, SGD, CapturedStep, FirstOrder, MixedMode, Unrolled, compiled
+from theria.meta.cavia import CAVIA, FiLM
+from theria.meta.cuts import cut
+from theria.meta.fused import Fused
+from theria.meta.optimisers import Adam
+from theria.meta.protonet import ProtoNet
+from theria.meta.r2d2 import R2D2
+from theria.meta.truncated import Truncated
+from theria.nn import MLP, TransformerClassifier
+from theria.testing import difference
+
+# The same operations of float64, without those of autograd between them.
+SAME = 1e-13
+# float32, its operations fused by a compiler: roundings of 6e-8 in another order.
+ROUNDING = 2e-6
+WAYS = 3
+
+
+def as_traced(piece: fx.GraphModule, inputs: Any) -> Any:
+    """In the place of a compiler: the piece, operation for operation."""
+    return piece
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces run as they were traced, which takes no minute of compiling."""
+    monkeypatch.setattr(compiled, "Fused", partial(Fused, compiler=as_traced))
+
+
+def attention(backend: str) -> nn.Module:
+    return TransformerClassifier(WAYS, image_size=8, patch=4, d_model=8, n_heads=2, n_layers=1, backend=backend)
+
+
+def transformer() -> nn.Module:
+    """With attention by the formulas, which are few operations to trace."""
+    return attention("reference")
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Flatten(-3), MLP([64, 8, WAYS], activation=nn.Tanh))
+
+
+def embedding() -> nn.Module:
+    return nn.Sequential(nn.Flatten(-3), MLP([64, 8, 6], activation=nn.Tanh))
+
+
+LEARNERS = {
+    "unrolled": lambda: MAML(transformer(), cross_entropy, SGD(0.1), 2, Unrolled()),
+    "custom": lambda: MAML(attention("custom"), cross_entropy, SGD(0.1), 1, Unrolled()),
+    "mixed mode": lambda: MAML(transformer(), cross_entropy, SGD(0.1), 1, MixedMode()),
+    "momentum": lambda: MAML(perceptron(), cross_entropy, SGD(0.1, momentum=0.9), 3, MixedMode()),
+    "checkpoints": lambda: MAML(perceptron(), cross_entropy, SGD(0.1), 4, Unrolled(checkpoint_every=2)),
+    "adam": lambda: MAML(perceptron(), cross_entropy, Adam(0.01), 3, Unrolled()),
+    "learned rates": lambda: MAML(perceptron(), cross_entropy, SGD(0.1, learn_lr=True), 2, Unrolled()),
+    "first order": lambda: MAML(perceptron(), cross_entropy, SGD(0.1), 2, FirstOrder()),
+    "truncated": lambda: MAML(perceptron(), cross_entropy, SGD(0.1), 3, Truncated(1)),
+    "chunks of tasks": lambda: MAML(perceptron(), cross_entropy, SGD(0.1), 2, Unrolled(), chunk_size=2),
+    "anil": lambda: ANIL(transformer(), cross_entropy, SGD(0.1), steps=2, adjoint=Unrolled()),
+    "cavia": lambda: CAVIA(FiLM(transformer(), 4), cross_entropy, 4, SGD(0.1), steps=2, adjoint=Unrolled()),
+    "protonet": lambda: ProtoNet(embedding(), cross_entropy, ways=WAYS),
+    "r2d2": lambda: R2D2(embedding(), cross_entropy, ways=WAYS),
+}
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    return LEARNERS[name]().double()
+
+
+def episode(seed: int, tasks: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(2, tasks, 2 * WAYS, 1, 8, 8, generator=generator, dtype=dtype)
+    y = torch.arange(WAYS).repeat(tasks, 2)
+    return x[0], y, x[1], y
+
+
+def eager(learner: Any, given: tuple[Tensor, ...]) -> list[Tensor]:
+    """Loss and gradients of the learner itself, without touching `.grad`."""
+    loss = learner(given)
+    wanted = [p for p in learner.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [loss.detach(), *(g for g in grads if g is not None)]
+
+
+def by(step: CapturedStep, given: tuple[Tensor, ...]) -> list[Tensor]:
+    loss = step(given)
+    return [loss, *(p.grad for p in step.parameters if p.grad is not None)]
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", LEARNERS)
+def test_loss_and_gradients_are_those_of_the_learner(name: str) -> None:
+    learner = make(name)
+    step = CapturedStep(learner, compile=True)
+    for seed in range(2):
+        assert difference(by(step, episode(seed)), eager(learner, episode(seed))) <= SAME
+        with torch.no_grad():  # what an optimiser does between two steps
+            for p in learner.parameters():
+                p.sub_(0.1 * p.sign())
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), MixedMode()], ids=lambda x: type(x).__name__)
+def test_inner_steps_share_their_pieces(adjoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Fused] = []
+
+    def remember(*args: Any) -> Fused:
+        made.append(Fused(*args, compiler=as_traced))
+        return made[-1]
+
+    monkeypatch.setattr(compiled, "Fused", remember)
+    for steps in (4, 7):
+        learner = MAML(perceptron().double(), cross_entropy, SGD(0.1), steps, adjoint)
+        CapturedStep(learner, compile=True)(episode(0))
+    few, many = made
+    assert len(few.pieces) == len(many.pieces) == 5  # first step, others, outer loss and last one back, others, first
+    assert len(many.program) - len(few.program) == 2 * 3
+    assert max(sum(step.piece == piece for step in many.program) for piece in range(5)) == 6
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_what_has_no_gradient_stays_without() -> None:
+    learner = make("anil")
+    learner.model.stem.position.requires_grad_(False)
+    learner.register_parameter("idle", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    step = CapturedStep(learner, compile=True)
+    assert difference(by(step, episode(0)), eager(learner, episode(0))) <= SAME
+    assert learner.idle.grad is learner.model.stem.position.grad is None
+    learner.model.stem.position.requires_grad_(True)
+    assert difference(by(step, episode(0)), eager(learner, episode(0))) <= SAME
+    assert learner.model.stem.position.grad is not None
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_other_shapes_and_what_lies_outside_of_the_learner_are_followed() -> None:
+    weight = torch.ones(WAYS, dtype=torch.float64)
+    learner = MAML(perceptron().double(), partial(cross_entropy, weight=weight), SGD(0.1), 2, Unrolled())
+    step = CapturedStep(learner, compile=True)
+    for tasks, scale in ((2, 1.0), (3, 2.0), (2, 3.0)):
+        weight[0] = scale
+        assert difference(by(step, episode(0, tasks)), eager(learner, episode(0, tasks))) <= SAME
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_mixed_precision_of_the_step_and_of_its_caller() -> None:
+    learner = make("protonet").float()
+    given = episode(0, dtype=torch.float32)
+
+    def in_bfloat16(step: Any) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(given)
+
+    wanted = in_bfloat16(partial(eager, learner))
+    assert difference(wanted, eager(learner, given)) > 1e-4  # it is another precision
+    mixed, plain = CapturedStep(learner, compile=True, autocast=torch.bfloat16), CapturedStep(learner, compile=True)
+    assert difference(by(mixed, given), wanted) <= ROUNDING
+    assert difference(by(plain, given), eager(learner, given)) <= ROUNDING
+    assert difference(in_bfloat16(partial(by, plain)), wanted) <= ROUNDING
+    assert difference(by(CapturedStep(learner, autocast=torch.bfloat16), given), wanted) <= ROUNDING
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in learner.parameters())
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_step_that_draws_random_numbers_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(-3), nn.Dropout(0.5), nn.Linear(64, WAYS)).double()
+    learner = MAML(model, cross_entropy, SGD(0.1), 2, Unrolled(), randomness="different")
+    with pytest.raises(ValueError, match="draws random numbers"):
+        CapturedStep(learner, compile=True)(episode(0))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_parameter_of_something_else_is_refused() -> None:
+    other = nn.Parameter(torch.ones((), dtype=torch.float64))
+    with pytest.raises(ValueError, match="not the learner's"):
+        CapturedStep(make("protonet"), [other], compile=True)(episode(0))
+
+
+def test_a_compiler_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(piece: fx.GraphModule, inputs: Any) -> Any:
+        return lambda *xs: [1.01 * x if x.is_floating_point() else x for x in piece(*xs)]
+
+    monkeypatch.setattr(compiled, "Fused", partial(Fused, compiler=wrong))
+    with pytest.raises(ArithmeticError, match="differs from the step itself"):
+        CapturedStep(make("adam"), compile=True)(episode(0))
+
+
+def test_a_loss_that_is_not_finite_is_passed_on_and_the_next_one_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(piece: fx.GraphModule, inputs: Any) -> Any:
+        return lambda *xs: [1.01 * x if x.is_floating_point() else x for x in piece(*xs)]
+
+    monkeypatch.setattr(compiled, "Fused", partial(Fused, compiler=wrong))
+    step = CapturedStep(make("protonet"), compile=True)
+    sx, *rest = episode(0)
+    assert step((sx * float("nan"), *rest)).isnan()
+    with pytest.raises(ArithmeticError):
+        step((sx, *rest))
+
+
+def test_operations_in_place_may_lie_on_both_sides_of_a_cut() -> None:
+    def function(tensors: list[Tensor]) -> list[Tensor]:
+        x = tensors[0] * 2
+        view = x[0]
+        cut()
+        view.add_(1)
+        cut()
+        x.mul_(3)
+        return [x, view.clone()]
+
+    given = torch.arange(6.0).view(2, 3)
+    fused = Fused(function, [given], compiler=as_traced)
+    assert len(fused.program) == 3
+    for x in (given, given + 5):
+        expected = torch.stack([3 * (2 * x[0] + 1), 6 * x[1]])
+        whole, part = fused([x])
+        assert torch.equal(whole, expected)
+        assert torch.equal(part, expected[0])
+
+
+def test_by_pytorchs_compiler() -> None:
+    """float32, and the episode after the one that it was compiled for."""
+    torch.manual_seed(0)
+    learner = MAML(nn.Sequential(nn.Flatten(-3), nn.Linear(64, WAYS)), cross_entropy, SGD(0.1), 3, Unrolled())
+    step = CapturedStep(learner, compile=True)
+    for seed in range(2):
+        given = episode(seed, dtype=torch.float32)
+        assert difference(by(step, given), eager(learner, given)) <= ROUNDING
