@@ -59,9 +59,8 @@ def _comparison(runs: Sequence[Run]) -> str:
     rows = []
     for i, run in enumerate(runs):
         rows.append([key(run, i), escape(_task(run)), *_figures(run.results, run), *_costs(run)])
-        rows += [
-            ["", ONE_SHOT, *_one_shot(run.results["one_shot"]), *[""] * 5] for _ in range("one_shot" in run.results)
-        ]
+        if "one_shot" in run.results:
+            rows.append(["", ONE_SHOT, *_one_shot(run.results["one_shot"]), *[""] * 5])
         for evaluation in run.evaluations:
             official = evaluation.get("protocol") == "one_shot"
             name = f"evaluation of step {evaluation.get('step', '?')}: "
