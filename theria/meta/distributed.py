@@ -121,22 +121,34 @@ class Processes:
         self, loss_fn: Callable[[Any], Tensor], episode: Any, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """`backward` without a side effect: the mean loss and its gradients, None for what it does not depend on."""
-        tasks, mine = count_tasks(episode), self.part(episode)
-        weight = len(self.share(tasks)) / tasks
-        loss: Tensor | None = None
-        grads: Sequence[Tensor | None] = [None] * len(parameters)
-        if weight:
-            loss = loss_fn(mine) * weight if weight < 1 else loss_fn(mine)
+        mine = self.part(episode)
+        loss, grads = None, [None] * len(parameters)
+        if self.share(count_tasks(episode)):
+            loss = loss_fn(mine)
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return self.combine(loss, grads, parameters, count_tasks(episode))
+
+    def combine(
+        self, loss: Tensor | None, grads: Sequence[Tensor | None], parameters: Sequence[Tensor], tasks: int
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The mean loss over `tasks` tasks and its gradients from those of this process's share, however computed.
+
+        Args:
+            loss: the mean over this process's tasks; None where it has none.
+            grads: its gradients, None for what it does not depend on.
+        """
         if self.size == 1:
             assert loss is not None
             return loss.detach(), list(grads)
+        weight = len(self.share(tasks)) / tasks
         used = self.most([float(grad is not None) for grad in grads])  # see NOTE [control runs on the CPU]
         first = parameters[0]
         zero = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
-        values = [zero if loss is None else loss.detach().to(zero)]
+        values = [zero if loss is None else loss.detach().to(zero) * weight]
         values += [
-            torch.zeros_like(p) if g is None else g for p, g, u in zip(parameters, grads, used, strict=True) if u
+            torch.zeros_like(p) if g is None else g * weight
+            for p, g, u in zip(parameters, grads, used, strict=True)
+            if u
         ]
         total, *summed = self.sum(values)
         found = iter(summed)
