@@ -100,7 +100,7 @@ class Augment:
             images = warp(images, drawn)
         if self.stroke:
             images = change_stroke(images, drawn.stroke * side, math.ceil(self.stroke * side))
-        return images.clamp(0.0, 1.0)  # interpolation exceeds 1 by a rounding
+        return images.clamp(0.0, 1.0)  # weights that sum to 1 exceed it by a rounding
 
     def draw(self, n: int, draws: Draws, device: torch.device | str | None = None) -> Deformation:
         """The deformations of n images. A bound changes the numbers that it is the bound of, and no others."""
