@@ -130,6 +130,26 @@ def test_inner_curves_are_those_of_a_loop_by_hand():
     assert tracking.step_curves(found)["loss"]["query"] == [found[f"steps/query_loss_{i}"] for i in range(4)]
 
 
+def test_wandb_draws_one_chart_for_each_figure():
+    class Run:
+        def log(self, row):
+            logged.update(row)
+
+    class Module:
+        class plot:
+            @staticmethod
+            def line_series(xs, ys, keys, title, xname):
+                return xs, ys, keys, title, xname
+
+    logged = {}
+    wandb = tracking.Wandb.__new__(tracking.Wandb)
+    wandb.run, wandb.wandb, wandb.say = Run(), Module, pytest.fail
+    row = {f"steps/{name}_loss_{i}": value + i for name, value in (("support", 1.0), ("query", 5.0)) for i in (0, 1)}
+    wandb.scalars(row)
+    series = ([[0, 1]] * 2, [[1.0, 2.0], [5.0, 6.0]], ["support", "query"], "loss after each inner step", "inner step")
+    assert logged == {**row, "curves/loss": series}
+
+
 def test_learned_rates_are_means_over_each_layer():
     learner = meta.MAML(mlp(), square, meta.SGD(lr=0.1, learn_lr=True))
     with torch.no_grad():
