@@ -1,6 +1,7 @@
 """Panels against independent truths: dense Hessians, gradients and loops by hand; and that they disturb nothing."""
 
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_wandb_draws_one_chart_for_each_figure():
 
     logged = {}
     wandb = tracking.Wandb.__new__(tracking.Wandb)
-    wandb.run, wandb.wandb, wandb.say = Run(), Module, pytest.fail
+    wandb.run, wandb.wandb, wandb.say = Run(), cast(Any, Module), pytest.fail
     row = {f"steps/{name}_loss_{i}": value + i for name, value in (("support", 1.0), ("query", 5.0)) for i in (0, 1)}
     wandb.scalars(row)
     series = ([[0, 1]] * 2, [[1.0, 2.0], [5.0, 6.0]], ["support", "query"], "loss after each inner step", "inner step")
