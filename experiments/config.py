@@ -179,6 +179,13 @@ class Display(Enum):
     off = "off"
 
 
+class Precision(Enum):
+    """What the outer step computes in. Parameters, their gradients and the optimiser are float32, evaluation too."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @dataclass
 class TrainerConfig:
     """The outer loop. Everything that decides the parameters is counted in steps, so that a resumed run is exact."""
@@ -192,6 +199,8 @@ class TrainerConfig:
     clip: float | None = None  # largest norm of the meta-gradient; null: no clipping
     device: str = "auto"  # auto: cuda where there is one | cpu | cuda | cuda:1
     threads: int | None = None  # torch's CPU threads; null: torch's choice
+    precision: Precision = Precision.float32  # bfloat16: matrix products and attention of the outer step (autocast)
+    compile: bool = False  # compile the outer step: a minute or a few before the first one, then fewer, larger kernels
     capture: bool | str = False  # record the outer step as a CUDA graph: true | false | auto, on CUDA where it can be
     log_every: int = 10  # steps between metric lines
     health_every: int = 0  # steps between the panels: meta-gradients, inner steps, curvature, pictures; 0: never

@@ -24,6 +24,7 @@ FREE = {
     "ops.backend",  # to rounding: what the other machine can run
     "learner.chunk_size",  # to rounding: what fits into its memory
     "trainer.capture",  # to rounding, as another number of processes
+    "trainer.compile",  # to rounding
     "trainer.log_every",
     "trainer.health_every",
     "trainer.health_share",

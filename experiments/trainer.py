@@ -65,7 +65,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=self.trainer.lr, weight_decay=self.trainer.weight_decay, foreach=True
         )
-        self.outer_step = outer_step(self.trainer.capture, self.learner, self.parameters, self.ranks, self.say)
+        self.outer_step = outer_step(self.trainer, self.learner, self.parameters, self.ranks, self.say)
         ema = self.trainer.ema
         self.average = None if ema is None else Average(self.learner, ema)
         self.step = 0  # outer steps done; also the state of the sampler, whose episodes are pure in the step

@@ -179,6 +179,11 @@ def test_a_step_that_draws_random_numbers_is_refused() -> None:
         CapturedStep(learner, compile=True)(episode(0))
 
 
+def test_a_branch_on_a_value_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"looks at the value of a tensor.*compile=False"):
+        Fused(lambda tensors: [tensors[0] if tensors[0].sum() > 0 else -tensors[0]], [torch.ones(2)])
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_a_parameter_of_something_else_is_refused() -> None:
     other = nn.Parameter(torch.ones((), dtype=torch.float64))

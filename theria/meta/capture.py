@@ -44,6 +44,7 @@ class CapturedStep:
     Args:
         learner: a module whose call on an episode returns the outer loss, a scalar.
         parameters: those that get a gradient; by default all of the learner's that require one.
+        record: record on a CUDA device; False for steps that are only compiled, or only in another precision.
         compile: compile the step, on a CPU too.
         autocast: run the step in this dtype where `torch.autocast` does so, the parameters staying as they are: with
             torch.bfloat16, mixed precision. None: as the caller runs it.
@@ -61,10 +62,11 @@ class CapturedStep:
         learner: nn.Module,
         parameters: Sequence[nn.Parameter] | None = None,
         *,
+        record: bool = True,
         compile: bool = False,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.learner, self.autocast = learner, autocast
+        self.learner, self.record, self.autocast = learner, record, autocast
         self._given = None if parameters is None else list(parameters)
         self._graphs: dict[Any, _Recorded] = {}
         self._run: Run = Compiled(learner, self._loss, self._plain, autocast) if compile else self._plain
@@ -85,7 +87,7 @@ class CapturedStep:
             episode: a pytree whose tensors are on the device of the parameters.
         """
         parameters = self.parameters
-        if parameters[0].device.type != "cuda":
+        if parameters[0].device.type != "cuda" or not self.record:
             return self._run(episode, parameters)
         leaves, structure = pytree.tree_flatten(episode)
         key = layout(leaves), structure, _places(self.learner), tuple(p.data_ptr() for p in parameters)

@@ -54,7 +54,7 @@ class Fused:
 
     Raises:
         ValueError: the function draws random numbers, which a compiled step would draw otherwise than the function.
-        RuntimeError: PyTorch's, for a branch that depends on the value of a tensor.
+        RuntimeError: a branch depends on the value of a tensor.
     """
 
     def __init__(self, function: Function, inputs: Tensors, compiler: Compiler = inductor) -> None:
@@ -81,8 +81,16 @@ class Fused:
 
 
 def _traced(function: Function, inputs: Tensors) -> tuple[fx.GraphModule, list[int]]:
-    with cuts.collected() as at:
-        graph = make_fx(function)(inputs)
+    try:
+        with cuts.collected() as at:
+            graph = make_fx(function)(inputs)
+    except RuntimeError as error:
+        if "value out of a tracing tensor" not in str(error):
+            raise
+        raise RuntimeError(
+            "something in the step looks at the value of a tensor (bool(x), x.item(), a loop until x is small): what "
+            "is compiled cannot depend on it. Give compile=False, or solvers check_every=None, throw=False"
+        ) from error
     return graph, at
 
 
@@ -91,7 +99,7 @@ def _refuse_random(graph: fx.GraphModule) -> None:
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             raise ValueError(
                 f"the step draws random numbers ({node.target}): compiled, it would draw others, and not the same on "
-                "the way back. Draw them outside and pass them in the episode, or run the step without compiling it"
+                "the way back. Draw them outside and pass them in the episode, or give compile=False"
             )
 
 
