@@ -151,6 +151,24 @@ HOW: dict[str, Check] = {
     ),
     "bash scripts/train.sh adjoint=mixed_mode ops=reference": composes("adjoint=mixed_mode", "ops=reference"),
     "bash scripts/train.sh experiment=sinusoid_maml": composes("experiment=sinusoid_maml"),
+    # docs/scaling.md, whose runs are in tests/experiments: several processes in test_distributed.py, launchers and the
+    # search in test_sweeps.py (where their packages are installed), the comparison in test_compare.py
+    "torchrun --nproc-per-node=4 -m experiments.train": composes(),
+    "python -m experiments.train --multirun seed=0,1,2": composes("seed=2"),
+    "python -m experiments.train --multirun hydra/launcher=submitit_local seed=0,1": composes(
+        "hydra/launcher=submitit_local", "seed=1"
+    ),
+    "python -m experiments.train --multirun sweep=rates hydra.sweeper.n_trials=20": composes(
+        "sweep=rates", "hydra.sweeper.n_trials=20"
+    ),
+    'pip install -e ".[sweeps]" -c scripts/constraints.txt': installs("sweeps"),
+    **{
+        f"python -m experiments.compare{arguments}": names("docs/benchmarks/compare_cpu.json")
+        for arguments in (
+            "",
+            " --environments DIR --install --repeats 15 --out docs/benchmarks/compare_cpu.json",
+        )
+    },
     "bash scripts/train.sh run_dir=outputs/mine": composes("run_dir=outputs/mine"),
     "bash scripts/train.sh run_dir=outputs/mine trainer.resume=true": composes(
         "run_dir=outputs/mine", "trainer.resume=true"
