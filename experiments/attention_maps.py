@@ -15,7 +15,8 @@ from experiments.learners import InContextLearner, Learner, takes_steps
 from theria.data import Episode
 from theria.meta.cavia import CAVIA
 from theria.meta.functional import pure_function
-from theria.nn import InContextClassifier, MultiheadAttention, TransformerClassifier
+from theria.meta.learner import Learner as BaseLearner
+from theria.nn import MultiheadAttention, PrototypeTransformer, TransformerClassifier
 
 
 def attention_maps(module: nn.Module, call: Callable[[], Any]) -> dict[str, Tensor]:
@@ -62,7 +63,8 @@ class QueryAttention(NamedTuple):
 
     Attributes:
         layers: for each layer (H, M), rows that sum to 1.
-        over: "patches" of its own image, or the "context" of support examples.
+        over: what the M keys are: "patches" of its own image, "cls" for those with a learned token before them,
+            "support" examples (of regressions with a start token before them), or the "classes" of the task.
         entropies: of each layer, over all its rows.
     """
 
@@ -77,37 +79,38 @@ def query_attention(learner: Learner, task: Episode) -> QueryAttention | None:
     A network that reads the support set shows the row of the query. One that reads an image alone shows the row of
     the token that its classifier reads; where that is the mean over the tokens, the mean over the rows.
     """
-    maps = list(_maps(learner, task).values())
+    if isinstance(learner, InContextLearner):
+        return _in_context(learner, task)
+    maps = list(_adapted_maps(learner, task).values())
     if not maps:
         return None
-    entropies = [entropy(P) for P in maps]
-    if isinstance(learner, InContextLearner):
-        rows = [P[..., len(task.support_x) + _starts(learner), :] for P in maps]
-        return QueryAttention([row.cpu() for row in rows], "context", entropies)
     network = next((m for m in learner.model.modules() if isinstance(m, TransformerClassifier)), None)
     cls = network is not None and network.cls is not None
     rows = [P[0, :, 0, :] if cls else P[0].mean(-2) for P in maps]
-    return QueryAttention([row.cpu() for row in rows], "cls" if cls else "patches", entropies)
+    return _seen(rows, "cls" if cls else "patches", maps)
 
 
-def _starts(learner: InContextLearner) -> int:
-    """Tokens of the context beside those of the support set."""
-    return 0 if isinstance(learner.model, InContextClassifier) else 1
+def _in_context(learner: InContextLearner, task: Episode) -> QueryAttention | None:
+    """That of the layers whose M keys are followed by the Q queries: (H, M + Q, M)."""
+    queries, found = len(task.query_x), attention_maps(learner.model, lambda: learner.model(*task[:3])).values()
+    maps = [P for P in found if P.ndim == 3 and P.shape[-2] == P.shape[-1] + queries]
+    over = "classes" if isinstance(learner.model, PrototypeTransformer) else "support"
+    return _seen([P[:, P.shape[-1], :] for P in maps], over, maps) if maps else None
 
 
-def _maps(learner: Learner, task: Episode) -> dict[str, Tensor]:
-    sx, sy, qx, _ = task
+def _seen(rows: list[Tensor], over: str, maps: list[Tensor]) -> QueryAttention:
+    return QueryAttention([row.cpu() for row in rows], over, [entropy(P) for P in maps])
+
+
+def _adapted_maps(learner: BaseLearner, task: Episode) -> dict[str, Tensor]:
+    """Of the network after its inner steps, if it takes any, for the queries."""
     model: nn.Module = learner.model  # pyright: ignore[reportAssignmentType]
-    if isinstance(learner, InContextLearner):
-        return attention_maps(model, lambda: learner.model(sx, sy, qx))
     function = pure_function(model, learner.batch_norm)
-    parameters, inputs = {name: p.detach() for name, p in model.named_parameters()}, (qx,)
+    parameters, inputs = {name: p.detach() for name, p in model.named_parameters()}, (task.query_x,)
     if takes_steps(learner):
-        adapted = learner.adapt(sx, sy)
-        if isinstance(learner, CAVIA):
-            inputs = (qx, adapted["context"])
-        else:
-            parameters = adapted
+        adapted = learner.adapt(task.support_x, task.support_y)
+        parameters |= {name: p for name, p in adapted.items() if name in parameters}
+        inputs = (*inputs, adapted["context"]) if isinstance(learner, CAVIA) else inputs
     return attention_maps(model, lambda: function(parameters, *inputs))
 
 

@@ -4,8 +4,8 @@
 |---|---|
 | `gradient/` | the full meta-gradient beside the first-order one: the share of second order, the cosine |
 | `rates/`, `inner/lr_*` | learned inner rates, by layer and over all |
-| `steps/` | loss and accuracy after each inner step, on support and query set of held-out tasks |
-| `curvature/` | of the support loss of one task, where its inner steps begin |
+| `steps/` | loss and accuracy after each inner step, on support and query set of validation tasks |
+| `curvature/` | of the inner loss of one task, where its inner steps begin |
 | `attention/` | how spread the attention of each layer is |
 | `pictures/` | an episode with its predictions, the attention of a query |
 
@@ -17,29 +17,30 @@ do not. Neither they nor their failures change a parameter, a gradient or a rand
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from experiments import attention_maps, health, pictures
 from experiments.evaluation import metric_name, predict, task_metric
-from experiments.learners import Learner, takes_steps
+from experiments.learners import Learner, attributes, takes_steps
 from theria.curvature import extreme_eigenvalues, hvp, second_order
 from theria.data import Episode
-from theria.meta.cavia import CAVIA
+from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.distributed import LostProcess
-from theria.meta.functional import pure_function
 from theria.meta.learner import GradientLearner
-from theria.meta.optimisers import Params
+from theria.meta.maml_plus_plus import MAMLPlusPlus
+from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 
 if TYPE_CHECKING:
     from experiments.trainer import Parts
 
 Figures = dict[str, float]
-TASKS = 8  # held-out tasks of the inner curves
+TASKS = 8  # validation tasks of the inner curves
 PRODUCTS = 8  # Hessian-vector products for the ends of the spectrum
 ALLOWANCE = 10.0  # seconds that the panels of a run may take whatever their share
 
@@ -59,7 +60,7 @@ class Panels:
         Args:
             episode: of the training classes, T tasks.
             elapsed: seconds of the run so far.
-            evaluated: what held-out tasks are for: the learner, or one with the average of its parameters.
+            evaluated: what is validated: the learner, or one with the average of its parameters.
         """
         allowed = ALLOWANCE + self.parts.config.trainer.health_share * elapsed
         if self.ranks.most([self.spent - allowed])[0] > 0:
@@ -76,13 +77,13 @@ class Panels:
         """The panels of one process, on tasks of which it has all."""
         inner = self.parts.config.inner
         steps = inner.steps if inner.eval_steps is None else inner.eval_steps
-        held_out = Episode(*(field[:TASKS] for field in self.parts.sources["val"].sample(0)))
+        tasks = cache(lambda: Episode(*(field[:TASKS] for field in self.parts.sources["val"].sample(0))))
         panels: dict[str, Callable[[], Figures]] = {
             "rates": lambda: rates(self.learner),
             "curvature": lambda: curvature(self.learner, episode),
-            "steps": lambda: inner_curves(evaluated, held_out, steps),
-            "attention": lambda: self._attention(step, evaluated, held_out),
-            "episode": lambda: self._episode(step, evaluated, held_out, steps),
+            "steps": lambda: inner_curves(evaluated, tasks(), steps),
+            "attention": lambda: self._attention(step, evaluated, tasks()),
+            "episode": lambda: self._episode(step, evaluated, tasks(), steps),
         }
         self.learner.eval()
         evaluated.eval()
@@ -157,7 +158,7 @@ def inner_curves(learner: Learner, episode: Episode, steps: int) -> Figures:
 
 
 def curvature(learner: Learner, episode: Episode, products: int = PRODUCTS) -> Figures:
-    """Second derivatives of the support loss of the first task at the start of its inner steps, in what they change.
+    """Second derivatives of the inner loss of the first task at the start of its inner steps, in what they change.
 
     With g the inner gradient, u = g / |g| and H the Hessian: |g|, |H u|, u'Hu (the curvature that the first step
     meets), and the ends of H's spectrum after `products` steps of Lanczos, which lie inside the true ones by at most
@@ -184,17 +185,32 @@ def curvature(learner: Learner, episode: Episode, products: int = PRODUCTS) -> F
 
 
 def inner_problem(learner: GradientLearner, x: Tensor, y: Tensor) -> tuple[Callable[[Params], Tensor], Params]:
-    """The support loss of a task as a function of what the inner steps change, and where they begin.
+    """The inner loss of a task as a function of what the inner steps change, and where they begin; iMAML's is with its
+    proximal term."""
+    recorder = _Recorder()
+    changes = {"first_order_epochs": 0} if isinstance(learner, MAMLPlusPlus) else {}  # in them it uses another adjoint
+    with attributes(learner, adjoint=recorder, **changes), torch.no_grad():
+        learner.adapt(x, y)
+    loss, start, context = recorder.seen
+    return lambda p: loss(p, context), start
 
-    Without the proximal term of iMAML, whose Hessian is a multiple of the identity.
-    """
-    function = pure_function(learner.model, learner.batch_norm)
-    whole = {name: p.detach() for name, p in learner.model.named_parameters()}
-    if isinstance(learner, CAVIA):
-        start = {"context": next(iter(whole.values())).new_zeros(learner.n_context)}
-        return lambda p: learner.loss_fn(function(whole, x, p["context"]), y), start
-    start = {name: whole[name] for name in learner.adapted}
-    return lambda p: learner.loss_fn(function({**whole, **p}, x), y), start
+
+class _Recorder(Adjoint):
+    """Takes no step and keeps what it was to solve, as constants."""
+
+    seen: tuple[InnerLoss, Params, Context]
+
+    def solve(
+        self,
+        inner_loss: InnerLoss,
+        params: Params,
+        context: Context,
+        optimiser: InnerOptimiser,
+        hyper: Hyper,
+        steps: int,
+    ) -> Params:
+        self.seen = (inner_loss, *tree_map_only(Tensor, Tensor.detach, (params, context)))
+        return params
 
 
 def _dot(a: Params, b: Params) -> Tensor:

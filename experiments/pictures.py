@@ -105,8 +105,8 @@ def _classification(task: Episode, predicted: torch.Tensor, path: Path) -> Path:
 
 
 def attention(seen: QueryAttention, task: Episode, path: Path) -> Path:
-    """Where the first query of a task looks: over the patches of its image, or over the support set."""
-    if seen.over == "context":
+    """Where the first query of a task looks: over the patches of its image, or over the support set or its classes."""
+    if seen.over in ("support", "classes"):
         return _context_attention(seen, task, path)
     return _patch_attention(seen, task.query_x[0].mean(0).cpu(), path)
 
@@ -134,8 +134,8 @@ def _patch_attention(seen: QueryAttention, image: torch.Tensor, path: Path) -> P
 
 
 def _context_attention(seen: QueryAttention, task: Episode, path: Path) -> Path:
-    """A row a layer and head, a column an example of the support set; above it its image, and left of all the query's,
-    where there are images."""
+    """A row a layer and head, a column an example of the support set or a class; above it its image, and left of all
+    the query's, where there are images."""
     weights = torch.cat(seen.layers)  # (layers * heads, M)
     columns, images = weights.shape[-1], not task.support_y.is_floating_point()
     figure, axes = _figure(1, 1 + images, size=(0.5 * columns + 1.2, 0.07 * len(weights) + 0.7))
@@ -145,8 +145,10 @@ def _context_attention(seen: QueryAttention, task: Episode, path: Path) -> Path:
     axis.set_yticks([(i + 0.5) * heads - 0.5 for i in layers], [f"layer {i}" for i in layers])
     axis.set_xlabel("the start token, then the support points", fontsize=7)
     if images:
-        labels = [int(task.query_y[0]), *task.support_y.tolist()]
-        for column, image in enumerate([task.query_x[0], *task.support_x], start=-1):
+        order = task.support_y.argsort(stable=True)[:: len(task.support_y) // columns]  # one of each class, or as is
+        shown = order if seen.over == "classes" else torch.arange(columns)
+        labels = [int(task.query_y[0]), *task.support_y[shown].tolist()]
+        for column, image in enumerate([task.query_x[0], *task.support_x[shown]], start=-1):
             place = (column - 0.45, column + 0.45, 0, 1)
             axes[0, 0].imshow(image.mean(0).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, extent=place, aspect="auto")
         axes[0, 0].set(xlim=(-1.5, columns - 0.5), ylim=(0, 1))

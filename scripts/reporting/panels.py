@@ -24,7 +24,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         ("The inner loop", _inner(runs)),
         ("Learned inner rates", _rates(runs)),
         ("Second order in the meta-gradient", _gradient(runs)),
-        ("Curvature of the support loss", _curvature(runs)),
+        ("Curvature of the inner loss", _curvature(runs)),
         ("Episodes and attention", _pictures(runs)),
         ("Throughput and memory", _system(runs)),
     ]
@@ -49,7 +49,7 @@ def _inner(runs: Sequence[Run]) -> str:
     for name, figure in (("support", "loss"), ("query", "loss"), ("support", "accuracy"), ("query", "accuracy")):
         lines = [line for i, run in enumerate(runs) for line in _step_lines(run, i, f"steps/{name}_{figure}_")]
         svg = line_chart(lines, x_label="inner step", percent=figure == "accuracy")
-        charts.append((f"{name.capitalize()} {figure} on held-out tasks", svg))
+        charts.append((f"{name.capitalize()} {figure}, validation tasks", svg))
     metric = _metric(runs)
     final = [line for i, run in enumerate(runs) if (line := _final_curve(run, i)) is not None]
     axis = next((str(run.results["axis"]) for run in runs if run.results.get("axis")), "inner steps")

@@ -20,10 +20,10 @@ def regression(tasks=3, seed=0) -> Episode:
     return Episode(*(torch.randn(*shape, generator=generator, dtype=F64) for shape in shapes))
 
 
-def classification(tasks=2, ways=3, dtype=F64, seed=0) -> Episode:
+def classification(tasks=2, ways=3, shots=1, dtype=F64, seed=0) -> Episode:
     generator = torch.Generator().manual_seed(seed)
-    images = [torch.rand(tasks, ways * n, 1, 28, 28, generator=generator, dtype=dtype) for n in (1, 2)]
-    labels = [torch.arange(ways).repeat(n).expand(tasks, -1).contiguous() for n in (1, 2)]
+    images = [torch.rand(tasks, ways * n, 1, 28, 28, generator=generator, dtype=dtype) for n in (shots, 2)]
+    labels = [torch.arange(ways).repeat(n).expand(tasks, -1).contiguous() for n in (shots, 2)]
     return Episode(images[0], labels[0], images[1], labels[1])
 
 

@@ -1,6 +1,7 @@
 """Attention maps: rows that sum to 1, the softmax computed apart, and the output that they make."""
 
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from experiments.learners import InContextLearner
 from tests.experiments.small import EXACT, F64, classification, mlp, regression, square, transformer
 from theria import meta
 from theria.data import Episode
-from theria.nn import InContextClassifier, MultiheadAttention
+from theria.nn import InContextClassifier, MultiheadAttention, PrototypeTransformer, TransformerBlock
 
 MASKS = {
     "none": None,
@@ -83,7 +84,7 @@ def in_context(task):
 def test_the_attention_of_a_query_in_context_is_over_the_support_set():
     task = Episode(*(field[0] for field in classification()))
     seen = in_context(task)
-    assert seen.over == "context"
+    assert seen.over == "support"
     assert [row.shape for row in seen.layers] == [(2, 3)] * 2
     for row in seen.layers:
         torch.testing.assert_close(row.sum(-1), torch.ones(2, dtype=F64), rtol=EXACT, atol=EXACT)
@@ -91,6 +92,24 @@ def test_the_attention_of_a_query_in_context_is_over_the_support_set():
     turned = Episode(task.support_x.flip(0), task.support_y.flip(0), task.query_x[:1], task.query_y[:1])
     other = in_context(turned)
     torch.testing.assert_close(other.layers[1], seen.layers[1].flip(-1), rtol=1e-8, atol=1e-8)
+
+
+def test_the_attention_of_a_query_on_prototypes_is_over_the_classes(tmp_path):
+    torch.manual_seed(0)
+    embedding = nn.Sequential(nn.Flatten(-3), nn.Linear(784, 6))
+    model = PrototypeTransformer(embedding, 6, 3, d_model=8, n_heads=2, n_layers=2).double()
+    task = Episode(*(field[0] for field in classification(shots=2)))
+    seen = attention_maps.query_attention(InContextLearner(model, nn.functional.cross_entropy), task)
+    assert seen is not None
+    assert seen.over == "classes"
+    z = embedding(task.support_x)
+    c = torch.stack([z[task.support_y == k].mean(0) for k in range(3)])
+    assert model.transformer is not None
+    layer = cast(TransformerBlock, model.transformer.blocks[0])
+    tokens = layer.norm1(torch.cat([model.read(c), model.read(embedding(task.query_x)) + model.query]))
+    P = attention_maps.probabilities(layer.attention, tokens, tokens[:3])
+    torch.testing.assert_close(seen.layers[0], P[:, 3], rtol=EXACT, atol=EXACT)
+    assert pictures.attention(seen, task, tmp_path / "classes.png").exists()
 
 
 def test_entropy_is_1_everywhere_and_0_at_one_key():

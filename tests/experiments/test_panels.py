@@ -14,7 +14,9 @@ from theria import meta
 from theria.data import Episode
 from theria.meta.cavia import CAVIA, ExtraInputs
 from theria.meta.distributed import Processes
+from theria.meta.imaml import IMAML
 from theria.meta.maml_plus_plus import MAMLPlusPlus
+from theria.meta.proto_maml import ProtoMAML
 from theria.meta.protonet import ProtoNet
 
 
@@ -73,6 +75,40 @@ def test_curvature_of_cavia_is_that_in_its_context():
     found = panels.curvature(learner, episode)
     assert found["curvature/largest_eigenvalue"] == pytest.approx(float(H), rel=EXACT)
     assert found["curvature/along_gradient"] == pytest.approx(float(H), rel=EXACT)
+
+
+def test_curvature_of_imaml_is_that_of_its_inner_loss():
+    """H + strength I at the start, where the proximal term has no gradient."""
+    model, episode, strength = mlp(), regression(), 0.7
+    learner = IMAML(model, square, strength=strength)
+    g, H = dense(model, learner.adapted, episode.support_x[0], episode.support_y[0])
+    found = panels.curvature(learner, episode, products=len(g))
+    largest = float(torch.linalg.eigvalsh(H)[-1])
+    assert found["curvature/largest_eigenvalue"] == pytest.approx(largest + strength, rel=EXACT)
+    assert found["curvature/inner_gradient"] == pytest.approx(float(g.norm()), rel=EXACT)
+
+
+def test_curvature_of_proto_maml_is_that_in_a_classifier_of_prototypes():
+    torch.manual_seed(0)
+    embedding = nn.Sequential(nn.Flatten(-3), nn.Linear(28 * 28, 2)).double()
+    episode = classification(shots=2)
+    x, y = episode.support_x[0], episode.support_y[0]
+    z = embedding(x).detach()
+    c = torch.stack([z[y == k].mean(0) for k in range(3)])
+    start = torch.cat([2 * c, -c.square().sum(1, keepdim=True)], 1)  # (3, 2) weights and a column of biases
+    inputs = torch.cat([z, torch.ones(6, 1, dtype=F64)], 1)
+    H = torch.func.hessian(lambda W: nn.functional.cross_entropy(inputs @ W.T, y))(start).reshape(9, 9)
+    found = panels.curvature(ProtoMAML(embedding, ways=3), episode, products=9)
+    assert found["curvature/largest_eigenvalue"] == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=EXACT)
+
+
+def test_curvature_does_not_depend_on_what_is_differentiated():
+    episode = regression()
+    plain = panels.curvature(meta.MAML(mlp(), square), episode)
+    for learner in (meta.FOMAML(mlp(), square), MAMLPlusPlus(mlp(), square, first_order_epochs=5)):
+        own = learner.adjoint
+        assert panels.curvature(learner, episode) == pytest.approx(plain, rel=EXACT)
+        assert learner.adjoint is own
 
 
 def test_learners_without_inner_steps_have_none_of_it():
