@@ -2,12 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from experiments import averaging, build, checkpoint, tracking
+from experiments import averaging, build, checkpoint, store, tracking
 from experiments.averaging import Average
 from experiments.config import EvaluateConfig
 from experiments.errors import UserError
@@ -106,6 +107,30 @@ def test_an_update_writes_in_place_and_reads_nothing_from_the_device(monkeypatch
     assert [t.data_ptr() for t in (value, average.count)] == places
     assert value.requires_grad
     assert value.grad_fn is None
+
+
+LEARNERS = sorted(path.stem for path in Path(store.CONFIG_DIR, "learner").glob("*.yaml"))
+WITH = {"incontext": ["model=incontext"], "imaml": ["adjoint=implicit"]}
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_every_learner_has_an_average_that_predicts(compose_config, kind):
+    """With a decay of 0 the copy is the learner: it predicts the same, from tensors of its own."""
+    small = ["task=digits", "task.tasks=2", "inner=sgd", "model.d_model=8", "model.n_heads=2", "model.n_layers=1"]
+    config = compose_config(f"learner={kind}", *WITH.get(kind, []), *small)
+    learner = build.build_learner(config)
+    average = Average(learner, 0.0)
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter += 0.01 * torch.rand_like(parameter)
+    episode = build.build_source(config, "train", tasks=2).sample(0)
+    before = average.learner.predict(episode).detach()
+    average.update()
+    expected = learner.predict(episode).detach()
+    torch.testing.assert_close(average.learner.predict(episode).detach(), expected)
+    assert not torch.allclose(before, expected)
+    own = {parameter.data_ptr() for parameter in learner.parameters()}
+    assert not own & {parameter.data_ptr() for parameter in average.learner.parameters()}
 
 
 def test_a_resumed_run_has_the_same_average_bit_by_bit(run_here, tmp_path):

@@ -139,6 +139,27 @@ def test_the_options_are_those_of_the_plugin(name):
     assert ours["_target_"] == schema.__dataclass_fields__["_target_"].default
 
 
+@needs_submitit
+def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
+    """The batch script that submitit writes of our options, with programs of Slurm's names that do nothing."""
+    import submitit  # pyright: ignore[reportMissingImports]
+    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf  # pyright: ignore[reportMissingImports]
+
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    options = yaml.safe_load(Path(store.CONFIG_DIR, "hydra/launcher/submitit_slurm.yaml").read_text())
+    options |= {"name": "theria", "partition": "gpus"}
+    own = {name: options.pop(name) for name in ("_target_", "submitit_folder", "max_num_timeout")}
+    executor = submitit.AutoExecutor(tmp_path, cluster="slurm", slurm_max_num_timeout=own["max_num_timeout"])
+    common = BaseQueueConf.__dataclass_fields__  # as the launcher tells its arguments apart
+    executor.update_parameters(**{name if name in common else f"slurm_{name}": options[name] for name in options})
+    script = executor._executor._make_submission_file_text("COMMAND", "id").splitlines()
+    wanted = ("gpus-per-node=1", "cpus-per-task=8", "mem=32GB", "time=240", "signal=USR2@180", "requeue")
+    assert {f"#SBATCH --{line}" for line in (*wanted, "ntasks-per-node=1", "partition=gpus")} <= set(script)
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -279,6 +300,7 @@ def test_three_trials_of_the_search(process, tiny, tmp_path):
     rates = ("trainer.lr=", "inner.lr=")
     fixed = [item for item in tiny if not item.startswith(rates)]
     arguments = ["sweep=rates", "hydra.sweeper.direction=minimize", "hydra.sweeper.n_trials=3"]
+    arguments += [f"hydra.sweeper.storage=sqlite:///{tmp_path}/rates.db", "hydra.sweeper.study_name=rates"]
     sweep = tmp_path / "sweep"
     command = [sys.executable, "-m", "experiments.train", "--multirun", *arguments, f"hydra.sweep.dir={sweep}"]
     # Optuna 2.10 warns of what other packages deprecated since: -W error, as elsewhere, is not for it
@@ -293,6 +315,7 @@ def test_three_trials_of_the_search(process, tiny, tmp_path):
     assert set(best["best_params"]) == {"trainer.lr", "inner.lr"}
     tried = [yaml.safe_load((sweep / job / "config.yaml").read_text()) for job in "012"]
     assert len({run["inner"]["lr"] for run in tried}) == 3
+    assert (tmp_path / "rates.db").stat().st_size > 0
     winner = tried[values.index(min(values))]
     assert winner["inner"]["lr"] == pytest.approx(best["best_params"]["inner.lr"])
     assert all(1e-2 <= run["inner"]["lr"] <= 1 and 3e-4 <= run["trainer"]["lr"] <= 3e-2 for run in tried)
@@ -302,7 +325,7 @@ def test_the_packages_are_pinned_within_their_bounds():
     root = Path(store.CONFIG_DIR).parent
     extra = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["sweeps"]
     lines = (line.split("#")[0].strip() for line in (root / "scripts/constraints.txt").read_text().splitlines())
-    pinned = dict(line.split("==") for line in lines if line)
+    pinned = {name.lower(): version for name, version in (line.split("==") for line in lines if line)}
     for requirement in map(Requirement, extra):
         assert requirement.specifier.contains(pinned[requirement.name])
     assert pinned["optuna"].startswith("2.")  # what the sweeper works with
