@@ -39,7 +39,7 @@ def cases():
         lambda: ConvNet4(3, image_size=16, width=4, downsample="max_pool"),
         lambda: (torch.rand(4, 1, 16, 16, dtype=torch.float64),),
     )
-    yield "residual", lambda: ResidualNet(3, widths=[4, 8]), image_inputs
+    yield "residual", lambda: ResidualNet(3, widths=[4, 8], downsample="stride"), image_inputs
     yield (
         "residual_batch_pool",
         lambda: ResidualNet(3, widths=[4, 8], norm="batch", downsample="max_pool"),

@@ -72,8 +72,9 @@ class ResidualNet(nn.Module):
         n_classes: outputs of the classifier, the attribute `head`; None: no classifier, the output is the embedding.
         widths: channels of each block; the last is the width of the embedding. 3.5 M parameters by default.
         norm: "group" or "batch".
-        downsample: "stride" halves by strided convolutions, "max_pool" after the convolutions, as ResNet-12 of the
-            few-shot literature does, at four times the operations.
+        downsample: "max_pool" halves after the convolutions, as the ResNet-12 of the few-shot literature does, so that
+            the first ones see strokes at their full resolution; "stride" by the first convolution of each block, with
+            a quarter of the operations.
 
     Raises:
         ValueError: an unknown `norm` or `downsample`, or widths that are not positive.
@@ -86,7 +87,7 @@ class ResidualNet(nn.Module):
         channels: int = 1,
         widths: Sequence[int] = (64, 128, 256, 384),
         norm: str = "group",
-        downsample: str = "stride",
+        downsample: str = "max_pool",
     ) -> None:
         super().__init__()
         if norm not in _NORMS:
