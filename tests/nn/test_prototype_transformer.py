@@ -111,6 +111,18 @@ def test_the_number_of_ways_is_free(model, episode):
     close(model(*two), expected)
 
 
+def test_autocast_keeps_the_logits_and_their_gradient(model, episode):
+    """bf16 has 8 bits: errors of 2^-8 of an embedding, a few of which meet in a logit."""
+    model = model.float()
+    sx, sy, qx = episode
+    expected = model(sx.float(), sy, qx.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(sx.float(), sy, qx.float())
+    assert logits.dtype is torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05 * expected.detach().abs().max().item())
+    assert all(g.dtype is torch.float32 for g in torch.autograd.grad(logits.sum(), list(model.parameters())))
+
+
 def test_without_layers_it_is_prototypes_alone():
     model = PrototypeTransformer(residual_net(width=4), 24, WAYS, n_layers=0)
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"embedding", "log_scale"}

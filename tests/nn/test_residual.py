@@ -55,6 +55,20 @@ def test_a_residual_block_is_its_formula():
     torch.testing.assert_close(block(x), expected, rtol=EXACT, atol=EXACT)
 
 
+def test_a_pooled_block_is_one_without_a_stride_and_a_pooling():
+    torch.manual_seed(0)
+    block = ResidualBlock(1, 4, norm="group", downsample="max_pool").double()
+    x = torch.randn(2, 1, 7, 7, dtype=torch.float64)
+    block.pooled = False
+    full = block(x)
+    block.pooled = True
+    assert full.shape == (2, 4, 7, 7)
+    torch.testing.assert_close(
+        block(x)[..., :3, :3], full[..., :6, :6].unfold(-2, 2, 2).unfold(-2, 2, 2).amax((-2, -1))
+    )
+    torch.testing.assert_close(block(x)[..., 3, 3], full[..., 6, 6], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("downsample", ["stride", "max_pool"])
 @pytest.mark.parametrize(("side", "cells"), [(28, 2), (64, 4), (27, 2)])
 def test_the_map_is_halved_four_times_and_the_parameters_do_not_depend_on_the_side(side, cells, downsample):

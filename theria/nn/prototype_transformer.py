@@ -68,9 +68,10 @@ class PrototypeTransformer(nn.Module):
         """support_x ([T,] S, C, H, W), support_y ([T,] S), query_x ([T,] Q, C, H, W) -> logits ([T,] Q, ways).
 
         A class without an example in the support set has NaN for its logits: nothing waits for the device to look.
+        Under autocast the embeddings are compared in float32.
         """
         prototypes = class_means(self.embedding(support_x), support_y, self.ways if ways is None else ways)
-        prototypes, queries = self.adapt(prototypes, self.embedding(query_x))
+        prototypes, queries = self.adapt(_full(prototypes), _full(self.embedding(query_x)))
         return self.log_scale.exp() * self._similarity(queries, prototypes)
 
     def adapt(self, prototypes: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,10 +83,16 @@ class PrototypeTransformer(nn.Module):
 
     def _similarity(self, queries: Tensor, prototypes: Tensor) -> Tensor:
         """(..., Q, d), (..., ways, d) -> (..., Q, ways)."""
+        # Element by element: a product of matrices would be one of half precision under autocast, and in
+        # 2 q.c - |c|^2 the digits of a small distance are lost.
+        queries, prototypes = queries.unsqueeze(-2), prototypes.unsqueeze(-3)
         if self.similarity == "cosine":
-            return F.normalize(queries, dim=-1) @ F.normalize(prototypes, dim=-1).mT
-        # Not 2 q.c - |c|^2, which loses the digits of a small distance.
-        return -(queries.unsqueeze(-2) - prototypes.unsqueeze(-3)).square().sum(-1)
+            return (F.normalize(queries, dim=-1) * F.normalize(prototypes, dim=-1)).sum(-1)
+        return -(queries - prototypes).square().sum(-1)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def class_means(h: Tensor, y: Tensor, ways: int) -> Tensor:
