@@ -248,7 +248,7 @@ def build_model(config: Config) -> nn.Module:
         case InContextConfig() if images:
             return networks.InContextClassifier(task.ways, **_arguments(model, "causal"), **sizes, backend=backend)
         case InContextConfig():
-            arguments = _arguments(model, "stem", "patch")
+            arguments = _arguments(model, "stem", "patch", "readout")
             return networks.InContextRegressor(_x_dim(task), **arguments, backend=backend)
     fitting = IMAGE_MODELS if images else ("mlp", "incontext")
     raise UserError(f"model={model.name} cannot learn task={task.name}: needed is model={', model='.join(fitting)}")

@@ -159,6 +159,7 @@ class InContextConfig(ModelConfig):
     n_heads: int = 4  # attention heads; d_model is a multiple of it
     n_layers: int = 3  # blocks
     d_ff: int | None = None  # width of the feed-forward part; null: 4 * d_model
+    readout: str = "head"  # images only: "head", a linear map, or "prototypes": products with the classes' mean tokens
     causal: bool = False  # regression only: learn from every length of the context at once
 
 

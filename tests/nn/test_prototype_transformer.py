@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from theria.meta.protonet import ProtoNet
-from theria.nn import PrototypeTransformer, residual_net
-from theria.nn.prototype_transformer import class_means
+from theria.nn import InContextClassifier, PrototypeTransformer, residual_net
+from theria.nn.in_context import class_means
 
 EXACT = 1e-11  # float64, the same arithmetic in another order, through two blocks of attention
 WAYS = 4
@@ -171,3 +171,19 @@ def test_it_learns_what_distances_of_fixed_features_cannot():
 def test_impossible_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         PrototypeTransformer(residual_net(width=4), 24, WAYS, **options)
+
+
+def test_in_context_readout_by_prototypes(episode):
+    """Order and vmap as with a linear head; a logit is a product with the mean token of a class."""
+    torch.manual_seed(0)
+    model = InContextClassifier(WAYS, readout="prototypes", image_size=12, d_model=16, n_heads=2, n_layers=2).double()
+    sx, sy, qx = episode
+    expected, order = model(sx, sy, qx), torch.randperm(8)
+    close(model(sx[:, order], sy[:, order], qx), expected)
+    close(torch.func.vmap(model)(*episode), expected)
+    support = model._image(sx) + model.label[sy]
+    tokens = model.transformer(support, torch.cat([support, model._image(qx) + model.unknown], -2))  # both as queries
+    means = torch.stack([tokens[:, :8][:, torch.arange(k, 8, WAYS)].mean(1) for k in range(WAYS)], 1)
+    close(expected, torch.einsum("tqd,tkd->tqk", tokens[:, 8:], means) / 4)
+    with pytest.raises(ValueError, match="readout='mean'"):
+        InContextClassifier(WAYS, readout="mean")

@@ -53,6 +53,7 @@ def cases():
         lambda: InContextClassifier(3, **small),
         task_inputs,
     )
+    yield "in_context_prototypes", lambda: InContextClassifier(3, readout="prototypes", **small), task_inputs
     for similarity in ("euclidean", "cosine"):
         yield (
             f"prototypes_{similarity}",

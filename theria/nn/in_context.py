@@ -47,6 +47,9 @@ class InContextClassifier(nn.Module):
         ways: number of classes of a task; labels are integers in [0, ways).
         stem: "conv", "patch" or "residual": how an image becomes tokens, which are averaged to the one token of that
             image.
+        readout: "head", a linear map of a query's token, or "prototypes", its product with the mean token of each
+            class's support. With the first, training has to find out how to look up labels before any gradient says
+            which images are alike, and with many ways it stays at chance for long; the second compares from the start.
 
     The logits are invariant to the order of the support and equivariant to the order of the queries. The numbering of
     the classes is learned to be without meaning (a label is a learned vector, a linear head names it), and `ways` is
@@ -65,27 +68,41 @@ class InContextClassifier(nn.Module):
         n_heads: int = 4,
         n_layers: int = 3,
         d_ff: int | None = None,
+        readout: str = "head",
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if readout not in ("head", "prototypes"):
+            raise ValueError(f"readout={readout!r} is not known: give 'head' or 'prototypes'")
         self.ways = ways
         self.stem = make_stem(stem, d_model, image_size=image_size, channels=channels, patch=patch)
         self.image = nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model))
         self.label = nn.Parameter(torch.randn(ways, d_model) / d_model**0.5)
         self.unknown = nn.Parameter(torch.randn(d_model) / d_model**0.5)
         self.transformer = ContextTransformer(d_model, n_heads, n_layers, d_ff=d_ff, backend=backend)
-        self.head = nn.Linear(d_model, ways)
+        self.head = nn.Linear(d_model, ways) if readout == "head" else None
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """support_x ([T,] S, C, H, W), support_y ([T,] S), query_x ([T,] Q, C, H, W) -> logits ([T,] Q, ways)."""
         # A comparison, not F.one_hot: that one looks at the values, which vmap cannot.
         one_hot = support_y.unsqueeze(-1) == torch.arange(self.ways, device=support_y.device)
         support = self._image(support_x) + one_hot.to(self.label.dtype) @ self.label
-        return self.head(self.transformer(support, self._image(query_x) + self.unknown))
+        query = self._image(query_x) + self.unknown
+        if self.head is not None:
+            return self.head(self.transformer(support, query))
+        context, query = self.transformer.both(support, query)
+        return query @ class_means(context, support_y, self.ways).mT / query.shape[-1] ** 0.5
 
     def _image(self, x: Tensor) -> Tensor:
         """(..., C, H, W) -> (..., d_model)."""
         return self.image(nn.functional.gelu(self.stem(x)).mean(-2))
+
+
+def class_means(h: Tensor, y: Tensor, ways: int) -> Tensor:
+    """h (..., S, d), labels (..., S) -> the mean of each class (..., ways, d), NaN for a class without a sample."""
+    # A comparison, not F.one_hot: that one looks at the values, which vmap cannot.
+    member = (y.unsqueeze(-1) == torch.arange(ways, device=y.device)).to(h.dtype)
+    return (member / member.sum(-2, keepdim=True)).mT @ h
 
 
 class InContextRegressor(nn.Module):

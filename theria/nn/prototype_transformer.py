@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from theria.nn.in_context import ContextTransformer
+from theria.nn.in_context import ContextTransformer, class_means
 
 
 class PrototypeTransformer(nn.Module):
@@ -93,10 +93,3 @@ class PrototypeTransformer(nn.Module):
 
 def _full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def class_means(h: Tensor, y: Tensor, ways: int) -> Tensor:
-    """h (..., S, d), labels (..., S) -> the mean of each class (..., ways, d), NaN for a class without a sample."""
-    # A comparison, not F.one_hot: that one looks at the values, which vmap cannot.
-    member = (y.unsqueeze(-1) == torch.arange(ways, device=y.device)).to(h.dtype)
-    return (member / member.sum(-2, keepdim=True)).mT @ h
