@@ -56,6 +56,9 @@ class Interrupted(UserError):
         super().__init__(message)
         self.exit_code = 128 + signum  # the shell's convention: 130 for SIGINT, 143 for SIGTERM
 
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.exit_code - 128)  # a launcher sends it from a job to the sweep
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """'did you mean ...?' with the nearest valid name, or the list of them when none is near."""

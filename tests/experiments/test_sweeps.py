@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
 from experiments import checkpoint, errors, store, tracking
-from experiments.errors import UserError
+from experiments.errors import Interrupted, UserError
 from experiments.interrupt import SignalWatch
 from experiments.train import check_sweep, objective
 
@@ -225,6 +226,11 @@ def test_without_a_queue_terminating_is_what_it_was():
     with SignalWatch() as watch:
         os.kill(os.getpid(), signal.SIGTERM)
         assert watch.received == signal.SIGTERM
+
+
+def test_an_interruption_survives_the_way_from_a_job_to_the_sweep():
+    copy = pickle.loads(pickle.dumps(Interrupted("stopped at step 3", signal.SIGINT)))
+    assert (str(copy), copy.exit_code) == ("stopped at step 3", 130)
 
 
 def test_a_job_that_is_run_again_goes_on_without_being_told(run_here, tmp_path, monkeypatch):
