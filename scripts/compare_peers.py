@@ -35,6 +35,7 @@ SPEED = {  # method: whose environment
     "theria Unrolled": "theria",
     "theria MixedMode": "theria",
     "theria Unrolled, 4 at once": "theria",
+    "theria Unrolled, compiled": "theria",
     "higher": "higher",
     "torchopt": "torchopt",
     "learn2learn": "learn2learn",

@@ -136,6 +136,18 @@ def measures_on_a_gpu(path: str, *arguments: str) -> Check:
     return names(path) if torch.cuda.is_available() else on_a_gpu(path, *arguments)
 
 
+def reports(*folders: str) -> Check:
+    """`scripts/report.py` makes a page of committed results."""
+
+    def check(folder: Path) -> None:
+        command = [sys.executable, "scripts/report.py", *folders, "--out", str(folder / "report.html")]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert (folder / "report.html").stat().st_size > 10_000
+
+    return check
+
+
 def names(path: str) -> Check:
     def check(_: Path) -> None:
         assert (ROOT / path).is_file()
@@ -178,6 +190,14 @@ HOW: dict[str, Check] = {
     "bash scripts/train.sh experiment=omniglot_maml task.root=OMNIGLOT_FOLDER": composes(
         "experiment=omniglot_maml", "task.root=OMNIGLOT_FOLDER"
     ),
+    "bash scripts/train.sh trainer.health_every=50 trainer.log_every=10": composes(
+        "trainer.health_every=50", "trainer.log_every=10"
+    ),
+    **{
+        f"python scripts/report.py {' '.join(folders)} --out report.html": reports(*folders)
+        for folders in [("docs/benchmarks/omniglot_maml_cpu", "docs/benchmarks/imaml_omniglot")]
+    },
+    "python scripts/report.py outputs/mine --out report.html": names("scripts/report.py"),  # tests/test_report.py
     # the figures of docs/benchmarks; each script has a test that runs it in small
     "python scripts/bench.py --repeats 5 --out docs/benchmarks/operator_cpu.json": names("scripts/bench.py"),
     "python scripts/bench_meta.py --threads 2 --out docs/benchmarks/outer_gradient_cpu.json": names(

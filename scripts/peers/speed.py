@@ -2,8 +2,8 @@
 
 The outer gradient of MAML on a transformer classifier of `theria.nn`, float32: T tasks, S inner steps of SGD. theria
 runs its tasks under vmap, the others in a loop, as each of them documents it; they get PyTorch's own attention ("math",
-the only one of PyTorch's that can be differentiated twice), theria its default. Prints one JSON object; writes the
-gradient.
+the only one of PyTorch's that can be differentiated twice), theria its default. "Compiled" is by
+`theria.meta.CapturedStep`, in the call before those that are timed. Prints one JSON object; writes the gradient.
 """
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
@@ -61,6 +61,21 @@ def of_theria(adjoint: str, at_once: int | None = None) -> Callable[[nn.Module, 
     return run
 
 
+def of_theria_compiled(adjoint: str) -> Callable[[nn.Module, Episode, int], None]:
+    """All tasks under one vmap, the step compiled at the first call."""
+    steps_of: dict[int, Any] = {}
+
+    def run(model: nn.Module, episode: Episode, steps: int) -> None:
+        from theria import meta
+
+        if id(model) not in steps_of:
+            learner = meta.MAML(model, cross_entropy, meta.SGD(RATE), steps, getattr(meta, adjoint)())
+            steps_of[id(model)] = meta.CapturedStep(learner, compile=True)
+        steps_of[id(model)](episode)
+
+    return run
+
+
 def with_higher(model: nn.Module, episode: Episode, steps: int) -> None:
     import higher
 
@@ -101,6 +116,7 @@ METHODS = {
     "theria Unrolled": of_theria("Unrolled"),
     "theria MixedMode": of_theria("MixedMode"),
     "theria Unrolled, 4 at once": of_theria("Unrolled", 4),
+    "theria Unrolled, compiled": of_theria_compiled("Unrolled"),
     "higher": with_higher,
     "torchopt": with_torchopt,
     "learn2learn": with_learn2learn,

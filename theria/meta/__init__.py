@@ -8,12 +8,13 @@
 
 | that algorithms are made of | |
 |---|---|
-| learners | `MAML`, `FOMAML`, `ANIL`, `MetaSGD`, `MAMLPlusPlus`, `IMAML`, `Reptile`, `CAVIA`, `ProtoNet`, `R2D2` |
+| learners by steps | `MAML`, `FOMAML`, `ANIL`, `MetaSGD`, `MAMLPlusPlus`, `IMAML`, `ProtoMAML`, `Reptile`, `CAVIA` |
+| in closed form | `ProtoNet`, `R2D2` |
 | implicit functions | `root`, `fixed_point`, `argmin`, `custom_root`, `custom_fixed_point`, `linear_solve` |
 | bilevel problems | `BilevelProblem` with `ITD`, `AID`; `SOBA`, `SABA`, `F2SA`; `PES`, `TruncatedES` |
 
 `certify` bounds the error of a hypergradient, `spot_check` compares any gradient with differences, `CapturedStep`
-records an outer step as one CUDA graph, and `processes` shares tasks among several processes.
+compiles an outer step and records it as one CUDA graph, and `processes` shares tasks among several processes.
 """
 
 from theria.meta.adjoint import Adjoint, FirstOrder, Unrolled
@@ -32,6 +33,7 @@ from theria.meta.maml import ANIL, FOMAML, MAML, MetaSGD
 from theria.meta.maml_plus_plus import MAMLPlusPlus
 from theria.meta.mixed_mode import MixedMode
 from theria.meta.optimisers import SGD, Adam, AdamW, Cosine, Exponential, InnerOptimiser, Lion, RMSprop, Schedule
+from theria.meta.proto_maml import ProtoMAML
 from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2
 from theria.meta.reptile import Reptile
@@ -73,6 +75,7 @@ __all__ = [
     "MetaSGD",
     "MixedMode",
     "Processes",
+    "ProtoMAML",
     "ProtoNet",
     "RMSprop",
     "Reptile",

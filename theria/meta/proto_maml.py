@@ -34,8 +34,7 @@ class ProtoMAML(GradientLearner):
         model: the embedding f: an `nn.Module` x (B, *x) -> (B, d), or a pure function with `params`. It has no
             parameter of its own called "head.weight" or "head.bias".
         loss_fn: of logits (S, ways) and labels; default cross-entropy.
-        ways: number of classes of a task; labels are integers in [0, ways), each in the support set. On the CPU this
-            is checked; on other devices, where looking would mean to wait, a class without a sample gives NaN.
+        ways: number of classes of a task; labels are integers in [0, ways), each in the support set.
         inner, steps, adjoint: as in `MAML`.
         adapt: what the inner steps change: "head" alone (the default), names of the model's parameters or modules with
             it, such as ["body.3", "head"], a predicate, or None for everything that requires grad. If it is the head
@@ -105,8 +104,7 @@ class ProtoMAML(GradientLearner):
     def _prototype_head(self, h: Tensor, y: Tensor) -> Params:
         """The linear classifier of the class means of h (S, d)."""
         member = one_hot(y, self.ways)
-        if y.device.type == "cpu":
-            check_every_class(member, y)
+        check_every_class(member, y)
         means = (member.to(h.dtype) / member.sum(0)).T @ h
         return {WEIGHT: 2 * means, BIAS: -means.square().sum(-1)}
 
