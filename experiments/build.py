@@ -155,6 +155,8 @@ def build_source(config: Config, subset: str, *, tasks: int, seed: int | None = 
                 dataset = build_dataset(task, subset)
                 options = {"ways": task.ways, "shots": task.shots, "within_groups": task.within_groups}
                 augment = build_augment(task) if subset == "train" else None
+                if subset != "train" and task.eval_within_groups is not None:
+                    options["within_groups"] = task.eval_within_groups
                 return data.EpisodeSampler(dataset, augment=augment, **options, **common)
             case SinusoidConfig():
                 return data.Sinusoid(shots=task.shots, **common)

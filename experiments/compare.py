@@ -13,6 +13,9 @@ differentiated twice. An outer step is a gradient and an update by Adam. Times a
 with one thread, so that what else runs there does not count; of the clock on a GPU. Memory is the peak beyond model and
 tasks: of the process on a CPU, of the allocator on a GPU.
 
+theria's steps are also recorded as a CUDA graph on a GPU, and compiled: on a CPU if --methods says so, since that takes
+minutes there.
+
 A library is looked for in DIR/<library>/, then in this environment; one that is nowhere, or fails, is reported as that.
 """
 
@@ -41,6 +44,7 @@ from theria.testing.machine import machine  # noqa: E402
 
 THERIA = [f"theria {name}" for name in compare_row.ADJOINTS]
 RECORDED = [f"theria {name}{compare_row.RECORDED}" for name in ("Unrolled", "MixedMode")]
+COMPILED = [f"theria {name}{compare_row.COMPILED}" for name in ("Unrolled", "MixedMode")]
 PEERS = ["learn2learn", "higher", "torchopt"]
 SMALL = {"ways": 5, "shots": 1, "queries": 5, "tasks": 4, "steps": 5, "layers": 2, "width": 64, "heads": 4}
 LARGE = {"ways": 20, "shots": 1, "queries": 5, "tasks": 16, "steps": 5, "layers": 4, "width": 128, "heads": 4}
@@ -154,7 +158,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, metavar="DIR", help="folder with an environment for each library")
     parser.add_argument("--install", action="store_true", help="make the environments that are missing in it")
     parser.add_argument("--gpu", action="store_true", help="on a CUDA device, in the large shape")
-    parser.add_argument("--methods", nargs="+", choices=[*RECORDED, *THERIA, *PEERS], metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=[*COMPILED, *RECORDED, *THERIA, *PEERS], metavar="METHOD")
     for name in SMALL:
         parser.add_argument(f"--{name}", type=int, help=f"{SMALL[name]}; with --gpu {LARGE[name]}")
     parser.add_argument("--seed", type=int, default=0, help="of the parameters and of the tasks")
@@ -172,7 +176,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.sizes["seed"] = options.seed
     if options.repeats < 1 or any(value < 1 for name, value in options.sizes.items() if name != "seed"):
         parser.error("every size and --repeats: needed is at least 1")
-    options.methods = options.methods or [*(RECORDED if options.gpu else []), *THERIA, *PEERS]
+    options.methods = options.methods or [*(COMPILED + RECORDED if options.gpu else []), *THERIA, *PEERS]
     return options
 
 

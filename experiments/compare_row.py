@@ -39,6 +39,7 @@ ADJOINTS: dict[str, meta.Adjoint] = {
     "Higher": meta.Higher(),
 }
 RECORDED = ", recorded"  # as one CUDA graph
+COMPILED = ", compiled"  # in the call whose gradient is compared; recorded on a GPU
 
 Episode = tuple[Tensor, ...]
 Step = Callable[[], Any]  # adds the gradient of the mean loss over the tasks to every parameter's .grad
@@ -56,10 +57,10 @@ def prepare(method: str, model: nn.Module, episode: Episode, steps: int) -> Step
     library, _, how = method.partition(" ")
     if library != "theria":
         return lambda: speed.METHODS[library](model, episode, steps)
-    adjoint = ADJOINTS[how.removesuffix(RECORDED)]
+    adjoint = ADJOINTS[how.removesuffix(RECORDED).removesuffix(COMPILED)]
     learner = meta.MAML(model, cross_entropy, meta.SGD(speed.RATE), steps, adjoint)
-    if how.endswith(RECORDED):
-        step = meta.CapturedStep(learner)
+    if how.endswith((RECORDED, COMPILED)):
+        step = meta.CapturedStep(learner, compile=how.endswith(COMPILED))
         return lambda: step(episode)
     return lambda: learner(episode).backward()
 

@@ -40,6 +40,7 @@ class FewShotConfig(TaskConfig):
     ways: int = 5  # classes in a task
     shots: int = 1  # support examples a class
     within_groups: float = 0.0  # probability that a task's classes come from one group (script, alphabet, digit)
+    eval_within_groups: float | None = None  # the same in validation and test; null: as in training
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # of the training tasks only
 
 

@@ -69,6 +69,13 @@ def meta_gradients(learner: Learner, episode: Episode, processes: Processes = AL
     return full, first
 
 
+def rounding(learner: Learner, episode: Episode, dtype: torch.dtype) -> float | None:
+    """|h - g| / |g| of the meta-gradient g and the one in the mixed precision of `dtype`, h; None where g is 0."""
+    exact = _trainable_gradient(learner, episode)
+    mixed = _trainable_gradient(learner, episode, dtype)
+    return share(exact, mixed)
+
+
 def second_order_share(learner: Learner, episode: Episode, processes: Processes = ALONE) -> float | None:
     """`share` of the meta-gradients of an episode; None for learners without inner steps."""
     pair = meta_gradients(learner, episode, processes)
@@ -90,8 +97,16 @@ def cosine(full: Tensor, first: Tensor) -> float | None:
 def _gradient(learner: Learner, episode: Episode, adjoint: Any) -> Tensor:
     """The meta-gradient of an episode as one vector, by this adjoint."""
     with attributes(learner, adjoint=adjoint):
-        parameters = _trainable(learner)
-        grads = torch.autograd.grad(learner(episode), parameters, allow_unused=True)
+        return _trainable_gradient(learner, episode)
+
+
+def _trainable_gradient(learner: Learner, episode: Episode, autocast: torch.dtype | None = None) -> Tensor:
+    """The meta-gradient of an episode as one vector, of a loss computed in this mixed precision."""
+    parameters = _trainable(learner)
+    kind = parameters[0].device.type
+    with torch.autocast(kind, autocast or torch.bfloat16, enabled=autocast is not None, cache_enabled=False):
+        loss = learner(episode)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     pairs = zip(parameters, grads, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 

@@ -2,7 +2,7 @@
 
 | group | what |
 |---|---|
-| `gradient/` | the full meta-gradient beside the first-order one: the share of second order, the cosine |
+| `gradient/` | the share of second order in the meta-gradient, its cosine with first order; mixed precision's error |
 | `rates/`, `inner/lr_*` | learned inner rates, by layer and over all |
 | `steps/` | loss and accuracy after each inner step, on support and query set of validation tasks |
 | `curvature/` | of the inner loss of one task, where its inner steps begin |
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from experiments import attention_maps, health, pictures
+from experiments.capture import AUTOCAST
 from experiments.evaluation import metric_name, predict, task_metric
 from experiments.learners import Learner, attributes, takes_steps
 from theria.curvature import extreme_eigenvalues, hvp, second_order
@@ -80,6 +81,7 @@ class Panels:
         tasks = cache(lambda: Episode(*(field[:TASKS] for field in self.parts.sources["val"].sample(0))))
         panels: dict[str, Callable[[], Figures]] = {
             "rates": lambda: rates(self.learner),
+            "precision": lambda: precision(self.learner, episode, AUTOCAST[self.parts.config.trainer.precision]),
             "curvature": lambda: curvature(self.learner, episode),
             "steps": lambda: inner_curves(evaluated, tasks(), steps),
             "attention": lambda: self._attention(step, evaluated, tasks()),
@@ -128,6 +130,14 @@ def gradient(learner: Learner, episode: Episode, processes: health.Processes = h
         return {}
     found = {"gradient/second_order": health.share(*pair), "gradient/cosine": health.cosine(*pair)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def precision(learner: Learner, episode: Episode, dtype: torch.dtype | None) -> Figures:
+    """What mixed precision changes of the meta-gradient of a few tasks; nothing where there is none."""
+    if dtype is None:
+        return {}
+    error = health.rounding(learner, Episode(*(field[:TASKS] for field in episode)), dtype)
+    return {} if error is None else {"gradient/rounding": error}
 
 
 def rates(learner: Learner) -> Figures:

@@ -77,6 +77,8 @@ def _gradient(runs: Sequence[Run]) -> str:
         ("|full − first order| / |full|", _over_steps(runs, "gradient/second_order")),
         ("Cosine between full and first order", _over_steps(runs, "gradient/cosine")),
     ]
+    if any(run.series("gradient/rounding") for run in runs):
+        charts.append(("|mixed precision − float32| / |float32|", _over_steps(runs, "gradient/rounding", log=True)))
     text = "The meta-gradient beside what is left when inner gradients are taken as constants: 0 and 1 mean that first "
     missing = _without(runs, "gradient/second_order")
     return _panel(text + "order is the same update.", charts, missing, f"{PANELS} above 0 and inner steps")

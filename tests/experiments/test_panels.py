@@ -235,3 +235,26 @@ def test_panels_beyond_their_share_of_the_time_are_skipped(run_here, tmp_path, m
         for name in ("none", "all")
     }
     assert steps == {"none": [1], "all": [1, 2, 3, 4, 5, 6]}
+
+
+def test_the_roundings_of_mixed_precision_are_those_of_products_of_8_bits():
+    """y = x W with x and W rounded to bfloat16, and their product again; means and distances in float32."""
+    torch.manual_seed(0)
+    learner = ProtoNet(nn.Sequential(nn.Flatten(), nn.Linear(784, 4, bias=False)), ways=2)
+    episode = Episode(*(field.float() if field.is_floating_point() else field for field in classification(2, 2)))
+    assert panels.precision(learner, episode, None) == {}
+    (weight,) = learner.parameters()
+    gradients = []
+    for mixed in (False, True):
+        rounded = (lambda t: t.bfloat16()) if mixed else (lambda t: t)
+        losses = []
+        for sx, sy, qx, qy in zip(*episode, strict=True):
+            support, query = ((rounded(x.flatten(1)) @ rounded(weight).T).float() for x in (sx, qx))
+            means = torch.stack([support[sy == k].mean(0) for k in range(2)])
+            distances = (query[:, None] - means).square().sum(-1)
+            losses.append(nn.functional.cross_entropy(-distances, qy))
+        gradients.append(torch.autograd.grad(torch.stack(losses).mean(), weight)[0])
+    by_hand = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+    found = panels.precision(learner, episode, torch.bfloat16)["gradient/rounding"]
+    assert 1e-4 < found < 0.05
+    assert found == pytest.approx(by_hand, rel=1e-3)

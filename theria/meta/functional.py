@@ -9,6 +9,8 @@ NOTE [buffers are constants]. Every forward reads copies of the buffers; the mod
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from theria.meta.optimisers import Params
 
+T = TypeVar("T")
 Predictor = Callable[..., Tensor]  # (params, x) -> prediction; CAVIA's take a context after x
 
 
@@ -64,6 +67,21 @@ def one_hot(y: Tensor, ways: int) -> Tensor:
     if y.ndim != 1 or y.is_floating_point() or y.is_complex():
         raise ValueError(f"support_y has shape {tuple(y.shape)}, {y.dtype}: class labels are integers, (S,) in a task")
     return y.unsqueeze(-1) == torch.arange(ways, device=y.device)
+
+
+def in_full(function: Callable[..., T]) -> Callable[..., T]:
+    """`function` without autocast, on what autocast had left in half precision as float32.
+
+    For what is made of embeddings: differences, squares and inverses of them need more digits than half precision has.
+    """
+
+    @wraps(function)
+    def run(*tensors: Tensor) -> T:
+        whole = [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*whole)
+
+    return run
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Unrolled
 from theria.meta.checks import Adapt, check_count, check_every_class, check_start, select
-from theria.meta.functional import Predictor, one_hot
+from theria.meta.functional import Predictor, in_full, one_hot
 from theria.meta.learner import GradientLearner, LossFn
 from theria.meta.optimisers import SGD, InnerOptimiser, Params
+from theria.meta.protonet import class_means
 
 WEIGHT, BIAS = "head.weight", "head.bias"
 
@@ -105,7 +106,7 @@ class ProtoMAML(GradientLearner):
         """The linear classifier of the class means of h (S, d)."""
         member = one_hot(y, self.ways)
         check_every_class(member, y)
-        means = (member.to(h.dtype) / member.sum(0)).T @ h
+        means = class_means(h, member)
         return {WEIGHT: 2 * means, BIAS: -means.square().sum(-1)}
 
     def _support_loss(self, params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
@@ -130,4 +131,9 @@ class ProtoMAML(GradientLearner):
 
 def _classify(params: Params, h: Tensor) -> Tensor:
     """Embeddings (B, d) -> logits (B, ways)."""
-    return h @ params[WEIGHT].T + params[BIAS]
+    return _linear(h, params[WEIGHT], params[BIAS])
+
+
+@in_full
+def _linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return h @ weight.T + bias

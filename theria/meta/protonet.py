@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theria.meta.checks import check_count, check_every_class
-from theria.meta.functional import Predictor, one_hot
+from theria.meta.functional import Predictor, in_full, one_hot
 from theria.meta.learner import Learner, LossFn
 from theria.meta.optimisers import Params
 
@@ -39,12 +39,23 @@ class ProtoNet(Learner):
         member = one_hot(y, self.ways)
         check_every_class(member, y)
         h = self._function(self._theta(meta_params), x)
-        share = member.to(h.dtype) / member.sum(0)
-        return {"prototypes": share.T @ h}
+        return {"prototypes": class_means(h, member)}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
         h = self._function(self._theta(meta_params), x)
-        return -torch.sum((h[:, None] - adapted["prototypes"]).square(), -1)
+        return -squared_distances(h, adapted["prototypes"])
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, 0), qx, qy)
+
+
+@in_full
+def class_means(h: Tensor, member: Tensor) -> Tensor:
+    """h (S, d), member (S, ways) bool -> (ways, d)."""
+    return (member.to(h.dtype) / member.sum(0)).T @ h
+
+
+@in_full
+def squared_distances(h: Tensor, centres: Tensor) -> Tensor:
+    """h (Q, d), centres (ways, d) -> (Q, ways)."""
+    return torch.sum((h[:, None] - centres).square(), -1)

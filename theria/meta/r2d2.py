@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from theria.meta.checks import check_classes, check_count, check_positive
-from theria.meta.functional import Predictor, one_hot
+from theria.meta.functional import Predictor, in_full, one_hot
 from theria.meta.learner import Learner, LossFn
 from theria.meta.optimisers import Params
 
@@ -74,6 +74,7 @@ class R2D2(Learner):
         return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, 0), qx, qy)
 
 
+@in_full
 def ridge_regression(x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
     """argmin_W |x W - y|^2 + strength |W|^2 for x (S, d), y (S, c) -> (d, c), by a system of size min(S, d)."""
     s, d = x.shape
