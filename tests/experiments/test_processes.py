@@ -134,6 +134,7 @@ def test_the_real_default_in_miniature(process, tmp_path):
     assert "without adaptation" in done.stdout
     assert "chance 20.0 %" in done.stdout
     assert sorted(path.name for path in (tmp_path / "run/pictures").iterdir()) == [
+        "attention.png",
         "episode.png",
         "inner_curve.png",
         "learning_curve.png",
