@@ -205,6 +205,15 @@ HOW: dict[str, Check] = {
     ),
     "python scripts/bench_meta.py --steps 5 10 20 50 --rate 0.01 --tasks 1 --repeats 0 "
     "--out docs/benchmarks/outer_gradient_steps_cpu.json": names("scripts/bench_meta.py"),
+    **{
+        f"bash scripts/train.sh experiment=omniglot_{name} task.root=OMNIGLOT_FOLDER": composes(
+            f"experiment=omniglot_{name}", "task.root=OMNIGLOT_FOLDER"
+        )
+        for name in ("20w1s_prototransformer", "5w1s_maml", "background_prototransformer", "small1_prototransformer")
+    },
+    ".venv/bin/python -m experiments.evaluate checkpoint=outputs/mine protocol=one_shot test_augment=16": names(
+        "experiments/evaluate.py"  # tests/experiments/test_protocols.py
+    ),
     "bash scripts/train.sh experiment=imaml_omniglot task.root=OMNIGLOT_FOLDER": composes(
         "experiment=imaml_omniglot", "task.root=OMNIGLOT_FOLDER"
     ),
