@@ -74,6 +74,7 @@ class Trainer:
         self._saved = (-1, self._begun)  # step of the newest checkpoint, and when it was written
         self._mark, self._tasks_per_second = (0, time.monotonic()), 0.0
         self.panels = Panels(parts)
+        self._drawn: Any = (None, None)  # a step and its episode
         self._measured: dict[str, float] = {}  # the newest figures, shown until there are newer ones
 
     # ------------------------------------------------------------------------------------------------------- state
@@ -179,6 +180,7 @@ class Trainer:
         set_epoch(self.learner, self.config.learner, self.step)
         self.optimiser.zero_grad()
         loss = self.outer_step(episode)
+        self._draw(self.step + 1)  # while a GPU is at work: the next line waits for it
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not bool(loss.isfinite() & norm.isfinite()):
             self._stop_nonfinite(episode, loss, norm)
@@ -194,11 +196,17 @@ class Trainer:
         self._show(float(loss), float(norm), measured, logged)
 
     def _episode(self) -> Episode:
+        """The training episode of this step."""
+        if self._drawn[0] != self.step:
+            self._draw(self.step)
+        return self._drawn[1]
+
+    def _draw(self, step: int) -> None:
         debug = self.config.debug
-        episode = self.parts.sources["train"].sample(0 if debug.repeat_episode else self.step)
-        if debug.nan_step == self.step:
+        episode = self.parts.sources["train"].sample(0 if debug.repeat_episode else step)
+        if debug.nan_step == step:
             episode.query_x[debug.nan_task] = math.nan
-        return episode
+        self._drawn = step, episode
 
     def _measure(self, episode: Episode) -> dict[str, float]:
         """Figures of the training episode before the update that it causes."""
