@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from theria.meta.compiled import Compiled, Run, layout
+from theria.meta.compiled import Compiled, Run, layout, surroundings
 
 WARM_UP = 2  # steps before recording: libraries load and kernels compile in them
 
@@ -154,6 +154,6 @@ class _Recorded:
         return self.loss.clone()
 
 
-def _places(learner: nn.Module) -> tuple[int, ...]:
-    """Where the learner's tensors are, and whether it trains."""
-    return (*(x.data_ptr() for x in [*learner.parameters(), *learner.buffers()]), learner.training)
+def _places(learner: nn.Module) -> tuple[Any, ...]:
+    """Where the learner's tensors are, and what else decides the step."""
+    return (*(x.data_ptr() for x in [*learner.parameters(), *learner.buffers()]), surroundings(learner))

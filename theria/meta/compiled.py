@@ -44,17 +44,12 @@ class Compiled:
                 "a parameter that is not the learner's gets no gradient from a compiled step: make it one of the "
                 "learner's, or give compile=False"
             )
-        precision = self._precision(parameters[0].device.type)
-        own = tuple(state), layout(list(state.values())), tuple(names), self.learner.training
-        key = layout(leaves), structure, own, precision
+        around = surroundings(self.learner)
+        key = layout(leaves), structure, tuple(state), layout(list(state.values())), tuple(names), around
+        precision = around[1] if self.autocast is None else self.autocast
         if key not in self._of:
             self._of[key] = _Step(self, leaves, structure, state, names, precision)
         return self._of[key](leaves, state, parameters)
-
-    def _precision(self, kind: str) -> torch.dtype | None:
-        """The dtype of mixed precision, None without."""
-        outside = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return outside if self.autocast is None else self.autocast
 
 
 class _Step:
@@ -121,6 +116,13 @@ def layout(leaves: list[Any]) -> tuple[Any, ...]:
     return tuple(
         (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves
     )
+
+
+def surroundings(learner: nn.Module) -> tuple[tuple[bool, ...], torch.dtype | None, str]:
+    """What else decides the operations of a step: which modules train, the dtype of autocast, float32's products."""
+    kind = next(learner.parameters()).device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return tuple(m.training for m in learner.modules()), autocast, torch.get_float32_matmul_precision()
 
 
 def _inputs(leaves: list[Any], state: dict[str, Tensor]) -> list[Tensor]:

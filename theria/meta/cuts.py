@@ -6,7 +6,6 @@ same for most inner steps, and is compiled once. Outside of such a trace nothing
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -16,30 +15,32 @@ from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
 
-_CUTS: ContextVar[list[int] | None] = ContextVar("_CUTS", default=None)
+# Of the trace that is being made. No context variable: on a GPU a backward runs in a thread of autograd, which has the
+# modes of the thread that called it, the tracer's among them, and not its context.
+_cuts: list[int] | None = None
 
 
 @contextmanager
 def collected() -> Iterator[list[int]]:
-    """Collect the cuts of a trace: numbers of nodes that its graph has where one is."""
-    cuts: list[int] = []
-    token = _CUTS.set(cuts)
+    """Collect the cuts of a trace: numbers of nodes that its graph has where one is. One trace at a time."""
+    global _cuts
+    before, _cuts = _cuts, []
     try:
-        yield cuts
+        yield _cuts
     finally:
-        _CUTS.reset(token)
+        _cuts = before
 
 
 def cut() -> None:
     """The step may be cut here."""
-    cuts, mode = _CUTS.get(), get_proxy_mode()
-    if cuts is not None and mode is not None:
-        cuts.append(len(mode.tracer.graph.nodes))
+    mode = get_proxy_mode()
+    if _cuts is not None and mode is not None:
+        _cuts.append(len(mode.tracer.graph.nodes))
 
 
 def cut_both_ways(values: T) -> T:
     """The same values; here and where their derivatives pass on the way back, the step may be cut."""
-    if _CUTS.get() is None:
+    if _cuts is None:
         return values
     leaves, structure = pytree.tree_flatten(values)
     return pytree.tree_unflatten(_Cut.apply(*leaves), structure)  # type: ignore[arg-type]
