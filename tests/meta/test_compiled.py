@@ -157,12 +157,13 @@ def test_mixed_precision_of_the_step_and_of_its_caller() -> None:
     learner = make("protonet").float()
     given = episode(0, dtype=torch.float32)
 
-    def in_bfloat16(step: Any) -> list[Tensor]:
+    def in_bfloat16(function: Any) -> Any:
         # with its cache, gradients of support and query set would meet in bfloat16
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            return step(given)
+            return function(given)
 
-    wanted = in_bfloat16(partial(eager, learner))
+    loss = in_bfloat16(learner)
+    wanted = [loss.detach(), *torch.autograd.grad(loss, list(learner.parameters()))]
     assert difference(wanted, eager(learner, given)) > 1e-4  # it is another precision
     mixed, plain = CapturedStep(learner, compile=True, autocast=torch.bfloat16), CapturedStep(learner, compile=True)
     assert difference(by(mixed, given), wanted) <= ROUNDING

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from theria.meta.compiled import Compiled, Run, layout, surroundings
+from theria.meta.compiled import Compiled, Run, layout, outside_autocast, surroundings
 
 WARM_UP = 2  # steps before recording: libraries load and kernels compile in them
 
@@ -102,7 +102,8 @@ class CapturedStep:
         for p in parameters:
             p.grad = None
         loss = self._loss(self.learner, episode)
-        loss.backward()
+        with outside_autocast(loss.device):
+            loss.backward()
         return loss.detach()
 
     def _loss(self, learner: Callable[[Any], Any], episode: Any) -> Tensor:

@@ -75,7 +75,8 @@ class _Step:
             with torch.enable_grad():
                 learner = partial(torch.func.functional_call, of.learner, own)
                 loss = of.loss(lambda episode: learner((episode,)), episode)
-                grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+                with outside_autocast(loss.device):
+                    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             self.used = [grad is not None for grad in grads]
             return [loss.detach(), *(grad for grad in grads if grad is not None)]
 
@@ -123,6 +124,11 @@ def surroundings(learner: nn.Module) -> tuple[tuple[bool, ...], torch.dtype | No
     kind = next(learner.parameters()).device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return tuple(m.training for m in learner.modules()), autocast, torch.get_float32_matmul_precision()
+
+
+def outside_autocast(device: torch.device) -> torch.autocast:
+    """For a backward: each operation has the precision of its forward, and is not to be cast anew."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _inputs(leaves: list[Any], state: dict[str, Tensor]) -> list[Tensor]:
