@@ -60,7 +60,9 @@ class Fused:
     def __init__(self, function: Function, inputs: Tensors, compiler: Compiler = inductor) -> None:
         graph, at = _traced(function, inputs)
         _refuse_random(graph)
-        graph, at = _functional(graph, at, inputs)
+        self.device = inputs[0].device.type
+        with torch.autocast(self.device, enabled=False):  # the casts are in the graph
+            graph, at = _functional(graph, at, inputs)
         self.constants, self.pieces, self.program, self.results = _cut(graph, at)
         self.compiler = compiler
         self._compiled: dict[int, Callable[..., Sequence[Tensor]]] = {}
@@ -69,14 +71,15 @@ class Fused:
     def __call__(self, inputs: Tensors) -> Tensors:
         """The results; a piece is compiled when it is met for the first time."""
         values: dict[int, Tensor] = dict(enumerate([*inputs, *self.constants]))
-        for step in self.program:
-            given = [values[i] for i in step.reads]
-            for i in step.last:
-                del values[i]
-            run = self._compiled.get(step.piece)
-            if run is None:
-                run = self._compiled[step.piece] = self.compiler(self.pieces[step.piece], given)
-            values.update(zip(step.makes, run(*given), strict=True))
+        with torch.autocast(self.device, enabled=False):
+            for step in self.program:
+                given = [values[i] for i in step.reads]
+                for i in step.last:
+                    del values[i]
+                run = self._compiled.get(step.piece)
+                if run is None:
+                    run = self._compiled[step.piece] = self.compiler(self.pieces[step.piece], given)
+                values.update(zip(step.makes, run(*given), strict=True))
         return [values[i] for i in self.results]
 
 
