@@ -60,8 +60,10 @@ def few_steps(*overrides: str) -> list[str]:
 
 
 def shrink(config: Config) -> None:
-    """Make an experiment on images one that a test can wait for: few classes, a narrow network."""
+    """Make an experiment on images one that a test can wait for: few classes, small images, a narrow network."""
     config.task.ways = min(config.task.ways, 5)  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(config.task, "size"):
+        config.task.size = 28  # pyright: ignore[reportAttributeAccessIssue]
     for name, value in {"width": 4, "d_model": 8, "n_heads": 2, "n_layers": 1}.items():
         if hasattr(config.model, name):
             setattr(config.model, name, value)
