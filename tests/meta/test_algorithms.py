@@ -284,3 +284,16 @@ def test_rates_of_one_tensor_for_all_are_refused() -> None:
     with pytest.raises(TypeError, match="one tensor for 'lr'"):
         MAML(network(), cross_entropy, OneRate(0.1))
     assert MAML(network(), cross_entropy, SGD(0.1)).adjoint == Unrolled()
+
+
+@pytest.mark.parametrize("name", sorted(CLOSED_FORM))
+def test_autocast_leaves_the_loss_of_a_closed_form_in_float32(learner: Learner, episode: Episode) -> None:
+    """`vmap` takes cross-entropy apart below autocast, so that logits of half precision would make a loss of 8 bits."""
+    learner = learner.float()
+    sx, sy, qx, qy = episode
+    single = (sx.float(), sy, qx.float(), qy)
+    exact = learner(single)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction, loss = learner.predict(single), learner(single)
+    assert prediction.dtype is loss.dtype is torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0)  # of the embedding's 8 bits

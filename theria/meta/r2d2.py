@@ -68,7 +68,7 @@ class R2D2(Learner):
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
         h = self._function(self._theta(meta_params), x)
-        return meta_params["alpha"] * (h @ adapted["weight"]) + meta_params["beta"]
+        return meta_params["alpha"] * in_full(torch.matmul)(h, adapted["weight"]) + meta_params["beta"]
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, 0), qx, qy)
