@@ -317,10 +317,15 @@ def device(config: Config) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"trainer.device={name}: needed is auto, cpu, cuda or cuda:<number>") from error
+        known = chosen.type in ("cpu", "cuda")
+    except RuntimeError:
+        chosen, known = torch.device("cpu"), False
+    if not known:
+        raise UserError(f"trainer.device={name}: needed is auto, cpu, cuda or cuda:<number>")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"trainer.device={name}: torch finds no CUDA here; give trainer.device=cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"trainer.device={name}: needed is a number below {torch.cuda.device_count()}, the GPUs here")
     return chosen
 
 

@@ -26,7 +26,7 @@ from experiments.config import (
     TaskConfig,
 )
 from experiments.evaluation import Copies, Evaluation, evaluate
-from experiments.learners import Learner
+from experiments.learners import Learner, takes_steps
 from experiments.protocols import OneShot
 from theria.meta.distributed import ALONE, Processes
 
@@ -62,6 +62,13 @@ def _check(settings: EvaluateConfig) -> None:
     if settings.inner_steps is not None and settings.inner_steps < 0:
         raise errors.UserError(f"inner_steps={settings.inner_steps}: needed is at least 0, or null for the run's own")
     build.check_seed(settings.seed)
+    sizes = {"ways": settings.ways, "shots": settings.shots}
+    given = ", ".join(f"{name}={value}" for name, value in sizes.items() if value is not None)
+    if settings.protocol is ProtocolKind.one_shot and given:
+        raise errors.UserError(
+            f"{given}: protocol=one_shot has the tasks of the official test, {protocols.WAYS} ways of one shot: needed "
+            "is null, or protocol=episodes"
+        )
     if not settings.checkpoint.strip():
         raise errors.UserError(errors.value_needed("checkpoint"))
 
@@ -96,7 +103,7 @@ def _episodes(
     """Random tasks of a subset."""
     task = _task_of(settings, run)
     source = build.build_source(replace(run, task=task), settings.subset, tasks=settings.tasks, seed=settings.seed)
-    learner = _learner(run, learned, task.ways if isinstance(task, FewShotConfig) else None)
+    learner = _learner(settings, run, learned, task.ways if isinstance(task, FewShotConfig) else None)
     return evaluate(
         learner, source, episodes=settings.episodes, subset=settings.subset, copies=copies, **_options(run, ranks)
     )
@@ -107,16 +114,22 @@ def _one_shot(
 ) -> OneShot:
     """Omniglot's official test."""
     runs = build.build_one_shot(run)
-    learner = _learner(run, learned, protocols.WAYS)
+    learner = _learner(settings, run, learned, protocols.WAYS)
     return protocols.one_shot(learner, runs, copies=copies, **_options(run, ranks))
 
 
-def _learner(run: Config, learned: dict[str, Any], ways: int | None) -> Learner:
+def _learner(settings: EvaluateConfig, run: Config, learned: dict[str, Any], ways: int | None) -> Learner:
     """The run's learner with its parameters, for tasks of so many ways."""
     if ways is not None:
-        return build.for_ways(run, learned, ways).eval()
-    learner = build.build_learner(run)
-    learner.load_state_dict(learned)
+        learner = build.for_ways(run, learned, ways)
+    else:
+        learner = build.build_learner(run)
+        learner.load_state_dict(learned)
+    if settings.inner_steps is not None and not takes_steps(learner):
+        kind = run.learner.kind.value
+        raise errors.UserError(
+            f"inner_steps={settings.inner_steps}: learner={kind} takes no inner steps: needed is null"
+        )
     return learner.eval()
 
 

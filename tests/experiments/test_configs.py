@@ -192,6 +192,8 @@ def test_a_typo_names_the_nearest(compose_config, override, hint):
         ("trainer.steps=-3", "at least 1"),
         ("trainer.lr=nan", "at least 0"),
         ("trainer.device=tpu7x", "auto, cpu, cuda"),
+        ("trainer.device=meta", "auto, cpu, cuda"),
+        ("trainer.device=mps", "auto, cpu, cuda"),
         ("inner.steps=0", "at least 1"),
         ("trainer.lr=inf", "finite"),
         ("inner.lr=nan", "finite"),
@@ -205,6 +207,15 @@ def test_a_wrong_value_names_what_is_needed(compose_config, override, needed):
     message = refused(compose_config, override)
     assert override.split("=")[0] in message
     assert needed in message
+
+
+def test_a_gpu_that_is_not_here_is_refused(compose_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "cuda:1"):
+        assert build.device(compose_config(f"trainer.device={name}")) == torch.device(name)
+    with pytest.raises(UserError, match=r"trainer\.device=cuda:2: needed is a number below 2"):
+        build.device(compose_config("trainer.device=cuda:2"))
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,10 @@ def test_an_evaluation_that_would_mislead_is_refused(run_here, tmp_path, omniglo
     run_here(tmp_path / "seen", *SMALL, root, "task.split=vinyals")
     with pytest.raises(UserError, match=r"task\.split=vinyals: .*never trained on"):
         evaluated(tmp_path / "seen", tmp_path / "b", protocol=ProtocolKind.one_shot)
+    with pytest.raises(UserError, match=r"ways=5, shots=1: protocol=one_shot has the tasks of the official test"):
+        evaluated(tmp_path / "seen", tmp_path / "e", protocol=ProtocolKind.one_shot, ways=5, shots=1)
+    with pytest.raises(UserError, match="inner_steps=3: learner=protonet takes no inner steps"):
+        evaluated(tmp_path / "seen", tmp_path / "f", inner_steps=3)
     run_here(tmp_path / "sinusoid")
     with pytest.raises(UserError, match="ways=3: task=sinusoid has no classes"):
         evaluated(tmp_path / "sinusoid", tmp_path / "c", ways=3)
