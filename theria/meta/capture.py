@@ -51,6 +51,7 @@ class CapturedStep:
 
     Raises:
         ValueError: no parameter requires a gradient, or the loss is no scalar; a compiled step draws random numbers.
+        TypeError: a leaf of the episode is neither a tensor nor a value that can be compared with the last one.
         RuntimeError: the step cannot be recorded, because it waits for the device (a solver that looks at its
             residuals, an assertion on values) or draws on the CPU (a dropout seed); for a compiled step, a branch that
             depends on values.
@@ -99,11 +100,17 @@ class CapturedStep:
         return recorded.replay(leaves, parameters)
 
     def _plain(self, episode: Any, parameters: list[nn.Parameter]) -> Tensor:
-        for p in parameters:
+        wanted = set(parameters)
+        others = [(p, p.grad) for p in self.learner.parameters() if p not in wanted]
+        for p in [*parameters, *(p for p, _ in others)]:
             p.grad = None
-        loss = self._loss(self.learner, episode)
-        with outside_autocast(loss.device):
-            loss.backward()
+        try:
+            loss = self._loss(self.learner, episode)
+            with outside_autocast(loss.device):
+                loss.backward()  # not of `inputs` alone: a reentrant checkpoint gives them nothing, without an error
+        finally:
+            for p, grad in others:
+                p.grad = grad
         return loss.detach()
 
     def _loss(self, learner: Callable[[Any], Any], episode: Any) -> Tensor:

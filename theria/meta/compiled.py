@@ -1,7 +1,9 @@
 """The outer step of a learner as a pure function of tensors: compiled (`theria.meta.fused`), compared with itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ Loss = Callable[[Callable[[Any], Any], Any], Tensor]  # (learner, episode) -> it
 
 # The largest relative difference between what a compiled step gives and the step itself, by the least precise dtype.
 # Both round, in another order, through an inner loop; a compiler's mistake is of the order of 1.
-SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-1}
 
 
 class Compiled:
@@ -80,50 +82,98 @@ class _Step:
             self.used = [grad is not None for grad in grads]
             return [loss.detach(), *(grad for grad in grads if grad is not None)]
 
-        self.fused = Fused(function, _inputs(leaves, state))
+        with unchanged(of.learner):
+            self.fused = Fused(function, _inputs(leaves, state))
 
     def __call__(self, leaves: list[Any], state: dict[str, Tensor], parameters: list[nn.Parameter]) -> Tensor:
-        loss, *found = self.fused(_inputs(leaves, state))
-        if not self.checked:
-            self._check([loss, *found], leaves, parameters)
-        grads = iter(found)
-        for p, used in zip(parameters, self.used, strict=True):
-            p.grad = next(grads) if used else None
+        inputs = _inputs(leaves, state)
+        # first, because the compiled one may write buffers
+        wanted = None if self.checked else self._expected(leaves, parameters)
+        loss, *found = self.fused(inputs)
+        used = [p for p, used in zip(parameters, self.used, strict=True) if used]
+        if wanted is not None:
+            self._check([loss, *found], wanted, [p.grad is not None for p in parameters])
+        for p in parameters:
+            p.grad = None
+        for p, grad in zip(used, _apart(found, used, [*inputs, *self.fused.constants]), strict=True):
+            p.grad = grad
         return loss
 
-    def _check(self, found: list[Tensor], leaves: list[Any], parameters: list[nn.Parameter]) -> None:
+    def _expected(self, leaves: list[Any], parameters: list[nn.Parameter]) -> list[Tensor]:
+        """The loss and gradients of the step itself."""
+        with unchanged(self.of.learner):
+            loss = self.of.plain(pytree.tree_unflatten(leaves, self.structure), parameters)
+        return [loss, *(p.grad for p in parameters if p.grad is not None)]
+
+    def _check(self, found: list[Tensor], wanted: list[Tensor], used: list[bool]) -> None:
         """Compare with the step itself; one whose numbers are not finite says nothing.
 
         Raises:
             ArithmeticError: the two differ by more than roundings.
         """
-        loss = self.of.plain(pytree.tree_unflatten(leaves, self.structure), parameters)
-        wanted = [loss, *(p.grad for p in parameters if p.grad is not None)]
-        size = _norm(wanted)
+        if used != self.used:
+            raise ArithmeticError(
+                "a parameter has a gradient in the step itself and none in the compiled one, or the other way round: "
+                "is it read from somewhere else than the learner (a closure)? Read it there, or give compile=False"
+            )
+        size, slope = _norm(wanted), _norm(wanted[1:])
         if not bool(size.isfinite()):
             return
-        error = float(_norm([a.double() - b for a, b in zip(found, wanted, strict=True)]) / size)
-        allowed = max(SAME.get(dtype, 0.0) for dtype in (self.precision or loss.dtype, *(x.dtype for x in wanted)))
-        if not error <= allowed:
-            raise ArithmeticError(
-                f"the compiled step differs from the step itself by {error:.1e} (relative, loss and gradients; "
-                f"{allowed:.0e} is rounding): give compile=False, and report it with the versions of torch and triton"
-            )
+        differences = [a.double() - b for a, b in zip(found, wanted, strict=True)]
+        allowed = max(SAME.get(dtype, 0.0) for dtype in (self.precision or wanted[0].dtype, *(x.dtype for x in wanted)))
+        # the gradient by itself too: it may be small beside the loss
+        for error, of in ((_norm(differences), size), (_norm(differences[1:]), slope)):
+            if not error <= allowed * of:
+                raise ArithmeticError(
+                    f"the compiled step differs from the step itself by {float(error / of):.1e} (relative, loss and "
+                    f"gradients; {allowed:.0e} is rounding): give compile=False, and report it with the versions of "
+                    "torch and triton"
+                )
         self.checked = True
 
 
 def layout(leaves: list[Any]) -> tuple[Any, ...]:
     """What a step is recorded or compiled for: layouts, dtypes and devices of tensors, other values themselves."""
     return tuple(
-        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else _value(x)
+        for x in leaves
     )
 
 
-def surroundings(learner: nn.Module) -> tuple[tuple[bool, ...], torch.dtype | None, str]:
-    """What else decides the operations of a step: which modules train, the dtype of autocast, float32's products."""
+def _value(x: Any) -> Any:
+    if not isinstance(x, Hashable):
+        raise TypeError(
+            f"the episode has a {type(x).__name__}, whose value is not known to be that of the episode before: give "
+            "tensors (torch.as_tensor), and beside them numbers, strings or None"
+        )
+    return type(x), x  # True == 1 == 1.0
+
+
+Surroundings = tuple[tuple[bool, ...], torch.dtype | None, str, tuple[int, ...]]
+
+
+def surroundings(learner: nn.Module) -> Surroundings:
+    """What else decides the operations of a step: which modules train, the dtype of autocast, float32's products, and
+    which names are the same tensor."""
     kind = next(learner.parameters()).device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return tuple(m.training for m in learner.modules()), autocast, torch.get_float32_matmul_precision()
+    named = (learner.named_parameters(remove_duplicate=False), learner.named_buffers(remove_duplicate=False))
+    first: dict[int, int] = {}
+    tied = tuple(first.setdefault(id(x), len(first)) for _, x in chain(*named))
+    return tuple(m.training for m in learner.modules()), autocast, torch.get_float32_matmul_precision(), tied
+
+
+@contextmanager
+def unchanged(learner: nn.Module) -> Iterator[None]:
+    """For a run that is none of the caller's steps: buffers that it writes (running averages) are as before."""
+    before = [(buffer, buffer.clone()) for buffer in learner.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:  # batch normalisation writes without counting a version
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def outside_autocast(device: torch.device) -> torch.autocast:
@@ -133,6 +183,20 @@ def outside_autocast(device: torch.device) -> torch.autocast:
 
 def _inputs(leaves: list[Any], state: dict[str, Tensor]) -> list[Tensor]:
     return [*(tensor.detach() for tensor in state.values()), *(x for x in leaves if isinstance(x, Tensor))]
+
+
+def _apart(grads: list[Tensor], parameters: list[nn.Parameter], others: list[Tensor]) -> list[Tensor]:
+    """Gradients as a backward leaves them: each in memory of its own, laid out as its parameter.
+
+    Of two parameters that are added, or of one that is summed, they may be one tensor, or one number for all entries.
+    To clip them in place would then be to scale it twice, or an error.
+    """
+    taken, out = {x.untyped_storage().data_ptr() for x in others}, []
+    for grad, p in zip(grads, parameters, strict=True):
+        place = grad.untyped_storage().data_ptr()
+        out.append(torch.empty_like(p).copy_(grad) if place in taken or grad.stride() != p.stride() else grad)
+        taken.add(place)
+    return out
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

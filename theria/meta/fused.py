@@ -16,13 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
+from torch.overrides import TorchFunctionMode
 
 from theria.meta import cuts
 
 Tensors = list[Tensor]
 Function = Callable[[Tensors], Tensors]
 Compiler = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]
+
+VALUE = "value out of a tracing tensor"  # what PyTorch says of a tensor whose value the trace does not know
+LOOKS = (
+    "something in the step looks at the value of a tensor (bool(x), x.item(), x.tolist(), x[mask], a loop until x is "
+    "small): what is compiled cannot depend on it. Give compile=False, or solvers check_every=None, throw=False"
+)
+READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default}
 
@@ -54,12 +62,14 @@ class Fused:
 
     Raises:
         ValueError: the function draws random numbers, which a compiled step would draw otherwise than the function.
-        RuntimeError: a branch depends on the value of a tensor.
+        RuntimeError: a branch depends on the value of a tensor, or a tensor is read as numbers of Python or NumPy.
     """
 
     def __init__(self, function: Function, inputs: Tensors, compiler: Compiler = inductor) -> None:
+        inputs = [x.detach() for x in inputs]  # a tensor that occurs twice would be one input to the trace
         graph, at = _traced(function, inputs)
         _refuse_random(graph)
+        _refuse_shapes(graph)
         self.device = inputs[0].device.type
         with torch.autocast(self.device, enabled=False):  # the casts are in the graph
             graph, at = _functional(graph, at, inputs)
@@ -86,24 +96,68 @@ class Fused:
 def _traced(function: Function, inputs: Tensors) -> tuple[fx.GraphModule, list[int]]:
     try:
         with cuts.collected() as at:
-            graph = make_fx(function)(inputs)
+            graph = make_fx(_unread(function))(inputs)
     except RuntimeError as error:
-        if "value out of a tracing tensor" not in str(error):
+        if VALUE not in str(error):
             raise
-        raise RuntimeError(
-            "something in the step looks at the value of a tensor (bool(x), x.item(), a loop until x is small): what "
-            "is compiled cannot depend on it. Give compile=False, or solvers check_every=None, throw=False"
-        ) from error
+        raise RuntimeError(LOOKS) from error
     return graph, at
+
+
+class _Unread(TorchFunctionMode):
+    """Raises where a traced tensor is read past the tracer, which sees `x.item()` and would not see these."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mode = get_proxy_mode()
+        if func in READS and mode is not None and has_proxy_slot(args[0], mode.tracer):
+            raise RuntimeError(VALUE)
+        return func(*args, **(kwargs or {}))
+
+
+def _unread(function: Function) -> Function:
+    def run(inputs: Tensors) -> Tensors:
+        with _Unread():
+            return function(inputs)
+
+    return run
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers; attention without dropout bears the tag of one that does."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return "dropout_p" not in names or bool(given.get("dropout_p", 0.0))
 
 
 def _refuse_random(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        if _draws(node):
             raise ValueError(
                 f"the step draws random numbers ({node.target}): compiled, it would draw others, and not the same on "
                 "the way back. Draw them outside and pass them in the episode, or give compile=False"
             )
+
+
+def _refuse_shapes(graph: fx.GraphModule) -> None:
+    """Raise where a shape depends on values: the gradient would be that of as many entries as at first."""
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.dynamic_output_shape not in node.target.tags:
+            continue
+        indices = [i for i in node.args[1] if i is not None] if node.target is torch.ops.aten.index.Tensor else None
+        if indices is None or any(_is_mask(i) for i in indices):
+            raise RuntimeError(f"{LOOKS}. Here {node.target} makes a shape of it: use torch.where or a product")
+
+
+def _is_mask(index: fx.Node) -> bool:
+    if index.op == "get_attr":  # a constant, and so is what it makes
+        return False
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 class _Replay(fx.Interpreter):
