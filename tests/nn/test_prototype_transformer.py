@@ -123,6 +123,17 @@ def test_autocast_keeps_the_logits_and_their_gradient(model, episode):
     assert all(g.dtype is torch.float32 for g in torch.autograd.grad(logits.sum(), list(model.parameters())))
 
 
+def test_autocast_rounds_the_embeddings_and_nothing_after_them(episode):
+    sx, sy, qx = (x.float() if x.is_floating_point() else x for x in episode)
+    model = PrototypeTransformer(residual_net(width=4), 24, WAYS, n_layers=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, support, queries = model(sx, sy, qx), model.embedding(sx), model.embedding(qx)
+    assert support.dtype is torch.bfloat16
+    means = torch.stack([support.double()[:, k::WAYS].mean(1) for k in range(WAYS)], 1)
+    expected = -(queries.double()[:, :, None] - means[:, None]).square().sum(-1)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)  # float32, |q|^2 of the order of 1
+
+
 def test_without_layers_it_is_prototypes_alone():
     model = PrototypeTransformer(residual_net(width=4), 24, WAYS, n_layers=0)
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"embedding", "log_scale"}

@@ -68,10 +68,12 @@ class PrototypeTransformer(nn.Module):
         """support_x ([T,] S, C, H, W), support_y ([T,] S), query_x ([T,] Q, C, H, W) -> logits ([T,] Q, ways).
 
         A class without an example in the support set has NaN for its logits: nothing waits for the device to look.
-        Under autocast the embeddings are compared in float32.
+        Under autocast the embeddings are averaged and compared in float32.
         """
-        prototypes = class_means(self.embedding(support_x), support_y, self.ways if ways is None else ways)
-        prototypes, queries = self.adapt(_full(prototypes), _full(self.embedding(query_x)))
+        support, queries = _full(self.embedding(support_x)), _full(self.embedding(query_x))
+        with torch.autocast(support.device.type, enabled=False):  # a mean of half precision would be rounded once more
+            prototypes = class_means(support, support_y, self.ways if ways is None else ways)
+        prototypes, queries = self.adapt(prototypes, queries)
         return self.log_scale.exp() * self._similarity(queries, prototypes)
 
     def adapt(self, prototypes: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
