@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -76,9 +77,17 @@ def test_true_and_one_and_one_point_nought_are_different() -> None:
 
 
 def test_a_value_that_cannot_be_compared_is_refused() -> None:
-    episode = numbers(1, 2, 3), numbers(1).numpy()
-    with pytest.raises(TypeError, match=r"the episode has a ndarray.*give tensors"):
-        CapturedStep(Scaled(), compile=True)(episode)
+    x = numbers(1, 2, 3)
+    for value, kind in ((x.numpy(), "ndarray"), (Own(x), "Own")):
+        with pytest.raises(TypeError, match=rf"the episode has a {kind}.*give tensors"):
+            CapturedStep(Scaled(), compile=True)((x, value))
+
+
+@dataclass(eq=False)
+class Own:
+    """Equal to itself, whatever it holds by now."""
+
+    x: Tensor
 
 
 READERS: dict[str, Callable[[Tensor], Any]] = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -141,10 +142,12 @@ def layout(leaves: list[Any]) -> tuple[Any, ...]:
 
 
 def _value(x: Any) -> Any:
-    if not isinstance(x, Hashable):
+    holds = hasattr(x, "__dict__") and not isinstance(x, Enum) and not callable(x)  # tensors, maybe, as attributes
+    if holds or not isinstance(x, Hashable):
         raise TypeError(
             f"the episode has a {type(x).__name__}, whose value is not known to be that of the episode before: give "
-            "tensors (torch.as_tensor), and beside them numbers, strings or None"
+            "tensors (torch.as_tensor), beside them numbers, strings or None, in tuples, dicts or a class that is "
+            "registered with torch.utils._pytree"
         )
     return type(x), x  # True == 1 == 1.0
 
