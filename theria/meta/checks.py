@@ -103,11 +103,15 @@ def check_weights(weights: Sequence[float], steps: int) -> list[float]:
     return values
 
 
+def recording() -> bool:
+    """Whether a CUDA graph is recorded, during which nothing may wait for the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def hidden() -> bool:
     """Whether labels are not looked at: while a step is compiled, traced or recorded, which it was not the first time
     that it ran."""
-    recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or get_proxy_mode() is not None or recording
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None or recording()
 
 
 def check_classes(member: Tensor, y: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from theria.meta.checks import recording
 from theria.meta.fused import Fused
 
 Run = Callable[[Any, list[nn.Parameter]], Tensor]  # (episode, parameters) -> the detached loss; gradients in `.grad`
@@ -89,7 +90,7 @@ class _Step:
     def __call__(self, leaves: list[Any], state: dict[str, Tensor], parameters: list[nn.Parameter]) -> Tensor:
         inputs = _inputs(leaves, state)
         # first, because the compiled one may write buffers
-        wanted = None if self.checked else self._expected(leaves, parameters)
+        wanted = None if self.checked or recording() else self._expected(leaves, parameters)
         loss, *found = self.fused(inputs)
         used = [p for p, used in zip(parameters, self.used, strict=True) if used]
         if wanted is not None:
@@ -107,7 +108,7 @@ class _Step:
         return [loss, *(p.grad for p in parameters if p.grad is not None)]
 
     def _check(self, found: list[Tensor], wanted: list[Tensor], used: list[bool]) -> None:
-        """Compare with the step itself; one whose numbers are not finite says nothing.
+        """Compare with the step itself; one whose numbers are not finite says nothing, and the next one is compared.
 
         Raises:
             ArithmeticError: the two differ by more than roundings.

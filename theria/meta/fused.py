@@ -194,6 +194,8 @@ def _cut(module: fx.GraphModule, at: list[int]) -> tuple[Tensors, list[fx.GraphM
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     fixed = [node for node in graph.nodes if node.op == "get_attr"]
     number = {node: i for i, node in enumerate([*inputs, *fixed])}
+    for node in fixed:
+        node.meta["val"] = _constant(module, node)
     members: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function":
@@ -213,7 +215,7 @@ def _cut(module: fx.GraphModule, at: list[int]) -> tuple[Tensors, list[fx.GraphM
         reads, makes = (tuple(number[node] for node in nodes) for nodes in (piece.read, piece.made))
         program.append(Step(pieces[key], reads, makes, last=()))
     wanted = [number[node] for node in results]
-    return [_constant(module, node) for node in fixed], modules, _with_ends(program, set(wanted)), wanted
+    return [node.meta["val"] for node in fixed], modules, _with_ends(program, set(wanted)), wanted
 
 
 def _places(graph: fx.Graph, at: list[int]) -> dict[fx.Node, int]:
