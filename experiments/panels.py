@@ -32,6 +32,7 @@ from experiments.learners import Learner, attributes, takes_steps
 from theria.curvature import extreme_eigenvalues, hvp, second_order
 from theria.data import Episode
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
+from theria.meta.bilevel import trees
 from theria.meta.distributed import LostProcess
 from theria.meta.learner import GradientLearner
 from theria.meta.maml_plus_plus import MAMLPlusPlus
@@ -178,7 +179,7 @@ def curvature(learner: Learner, episode: Episode, products: int = PRODUCTS) -> F
         return {}
     loss, start = inner_problem(learner, episode.support_x[0], episode.support_y[0])
     g = torch.func.grad(second_order(loss))(start)
-    norm = _dot(g, g).sqrt()
+    norm = trees.norm(g)
     product = partial(hvp, loss, start, mode="reverse_over_reverse")  # fewer operations lack it
     ends = extreme_eigenvalues(product, start, steps=products)
     found = {
@@ -190,7 +191,7 @@ def curvature(learner: Learner, episode: Episode, products: int = PRODUCTS) -> F
     if float(norm) > 0:
         u = {name: value / norm for name, value in g.items()}
         Hu = product(u)
-        found |= {"hvp_norm": _dot(Hu, Hu).sqrt(), "along_gradient": _dot(u, Hu)}
+        found |= {"hvp_norm": trees.norm(Hu), "along_gradient": trees.dot(u, Hu)}
     return {f"curvature/{name}": float(value) for name, value in found.items()}
 
 
@@ -221,10 +222,6 @@ class _Recorder(Adjoint):
     ) -> Params:
         self.seen = (inner_loss, *tree_map_only(Tensor, Tensor.detach, (params, context)))
         return params
-
-
-def _dot(a: Params, b: Params) -> Tensor:
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from experiments import checkpoint, tracking
+from tests.ports import free_port
 
 STEPS = 6
 # Figures in float32 of the same parameters up to the order of a sum over five tasks.
@@ -25,12 +25,6 @@ BUSY = 300
 SLOW = ("debug.step_seconds=0.05", "trainer.val_every=0", "trainer.health_every=0", "trainer.steps=100000")
 
 Start = Callable[..., list[subprocess.Popen[str]]]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Tasks shared by processes: one process is the truth, closed forms the shares, real deaths the errors."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ports import free_port
 from theria.meta.distributed import ALONE, Processes, count_tasks, current, processes, share
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -23,12 +23,6 @@ STEPS = 1e-10
 BUSY = 300
 
 Launch = Callable[..., list[Any]]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def environments(size: int, **variables: str) -> Iterator[dict[str, str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 
+from tests.meta.implicit_cases import N, close, randn, zeros
 from theria.meta.implicit import (
     LBFGS,
     GradientDescent,
@@ -18,21 +19,6 @@ from theria.meta.implicit import (
     root,
 )
 from theria.meta.solvers import CG
-
-EXACT = 1e-10  # float64, solves to 1e-12 of systems with condition numbers below 1e2
-N = 6
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def zeros(n: int = N) -> Tensor:
-    return torch.zeros(n, dtype=torch.float64)
-
-
-def close(actual, expected, tol=EXACT):
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
 def spd(low: float, high: float, n: int = N, seed: int = 0) -> Tensor:

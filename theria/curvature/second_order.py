@@ -26,9 +26,14 @@ from torch.overrides import TorchFunctionMode
 from theria.curvature import dense
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, for what needs more digits; anything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) over `dims`, biased variance; half precision leaves in float32."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = at_least_float32(x)
     centred = x - x.mean(dims, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
 

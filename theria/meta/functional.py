@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from theria.curvature.second_order import at_least_float32
 from theria.meta.optimisers import Params
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ def in_full(function: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(function)
     def run(*tensors: Tensor) -> T:
-        whole = [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
+        whole = [at_least_float32(x) for x in tensors]
         with torch.autocast(tensors[0].device.type, enabled=False):
             return function(*whole)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from theria.curvature.second_order import at_least_float32
 from theria.nn.in_context import ContextTransformer, class_means
 
 
@@ -70,7 +71,7 @@ class PrototypeTransformer(nn.Module):
         A class without an example in the support set has NaN for its logits: nothing waits for the device to look.
         Under autocast the embeddings are averaged and compared in float32.
         """
-        support, queries = _full(self.embedding(support_x)), _full(self.embedding(query_x))
+        support, queries = (at_least_float32(self.embedding(x)) for x in (support_x, query_x))
         with torch.autocast(support.device.type, enabled=False):  # a mean of half precision would be rounded once more
             prototypes = class_means(support, support_y, self.ways if ways is None else ways)
         prototypes, queries = self.adapt(prototypes, queries)
@@ -91,7 +92,3 @@ class PrototypeTransformer(nn.Module):
         if self.similarity == "cosine":
             return (F.normalize(queries, dim=-1) * F.normalize(prototypes, dim=-1)).sum(-1)
         return -(queries - prototypes).square().sum(-1)
-
-
-def _full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from theria.curvature.second_order import at_least_float32
 from theria.nn.norm import BatchNorm2d
 
 
@@ -26,7 +27,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        h = at_least_float32(x)
         variance, mean = torch.var_mean(h.unflatten(-3, (self.groups, -1)).flatten(-3), -1, correction=0)  # (B, G)
         # (x - mean) / deviation * weight + bias = x * scale + shift, scale and shift (B, C)
         scale = (variance + self.eps).rsqrt().unsqueeze(-1) * self.weight.unflatten(0, (self.groups, -1))
