@@ -83,24 +83,12 @@ def interpreter(folder: Path | None, library: str) -> Path | None:
 
 def run(python: Path, method: str, path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a method, or {"failed": why}."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     threads = {"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {}
     command = [str(python), "-m", "experiments.compare_row", method, str(path), "--device", options.device]
     try:
-        done = subprocess.run(
-            [*command, "--repeats", str(options.repeats)],
-            cwd=ROOT,
-            env={**kept, **threads, "PYTHONWARNINGS": "ignore"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
+        return environments.measured([*command, "--repeats", str(options.repeats)], TIMEOUT, ROOT, **threads)
     except subprocess.TimeoutExpired:
         return {"failed": f"no result in {TIMEOUT} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -15,7 +15,6 @@ raises, is reported as that. The tables are Markdown, on stdout.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -46,13 +45,8 @@ TIMEOUT = 1800
 
 def run(python: Path, script: str, *arguments: str) -> dict[str, Any]:
     """The JSON object that a script of `peers/` prints last, or {"failed": why}."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     command = [str(python), str(HERE / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return environments.measured(command, TIMEOUT, OMP_NUM_THREADS="1", JAX_PLATFORMS="cpu")
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:

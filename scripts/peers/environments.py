@@ -1,5 +1,7 @@
 """An environment for each peer: how it installs beside Python 3.11 and PyTorch 2.13, and where its interpreter is."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TORCH = ("torch==2.13.0", "numpy==2.3.5")  # always with its version: another one is another comparison
 
@@ -72,3 +75,19 @@ def install(environments: Path, name: str) -> None:
     if peer.finish is not None:
         peer.finish(python)
     finished.touch()
+
+
+def measured(command: list[str], timeout: float, cwd: Path | None = None, **variables: str) -> dict[str, Any]:
+    """The JSON object that a program prints last, or {"failed": why}. It sees none of this Python's own variables.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than `timeout` seconds.
+    """
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    environment = {**kept, "PYTHONWARNINGS": "ignore", **variables}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
