@@ -225,8 +225,11 @@ def build_dataset(task: FewShotConfig, subset: str) -> ClassDataset:
         case DigitsConfig():
             return data.load_digits(subset)
         case OmniglotConfig():
-            subset = task.train_on if subset == "train" else subset
-            return data.load_omniglot(task.root, task.split, subset, size=task.size, download=task.download)
+            more = task.symmetries and subset == "train"
+            chosen = task.train_on if subset == "train" else subset
+            options = {"size": task.size, "download": task.download, "rotations": False if more else None}
+            loaded = data.load_omniglot(task.root, task.split, chosen, **options)
+            return loaded.with_symmetries() if more else loaded
     raise TypeError(f"no data set for {type(task).__name__}")
 
 

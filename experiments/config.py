@@ -66,6 +66,7 @@ class OmniglotConfig(FewShotConfig):
     root: str | None = None  # folder of the data set; null: $THERIA_OMNIGLOT, else theria.data's own place for it
     split: str = "vinyals"  # vinyals | background | small1 | small2
     train_on: str = "train"  # train | trainval: the validation classes too, for a final run; then trainer.val_every=0
+    symmetries: bool = False  # training classes turned by quarters and mirrored are classes of training, too: 8x
     size: int = 28  # side of the images in pixels, at most 105
     download: bool = False  # fetch the data set into `root` when it is not there (needs torchvision and a network)
 

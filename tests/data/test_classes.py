@@ -76,6 +76,21 @@ def test_with_rotations_turns_counter_clockwise() -> None:
     assert "4 classes of 1 samples" in repr(turned)
 
 
+def test_with_symmetries_has_each_symmetry_once_and_keeps_groups_apart() -> None:
+    images = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).view(1, 1, 1, 2, 2).repeat(2, 1, 1, 1, 1)
+    images[1] += 4
+    eight = ClassDataset(images, names=["x", "y"], groups=["g", "g"]).with_symmetries()
+    corners = [tuple(image.flatten().tolist()) for image in eight.images[:, 0, 0]]
+    assert set(corners[0::2]) == {
+        (1, 2, 3, 4), (2, 4, 1, 3), (4, 3, 2, 1), (3, 1, 4, 2), (2, 1, 4, 3), (4, 2, 3, 1), (3, 4, 1, 2), (1, 3, 2, 4)
+    }  # fmt: skip
+    assert corners[1::2] == [tuple(pixel + 4 for pixel in corner) for corner in corners[0::2]]
+    assert eight.images[8, 0, 0].tolist() == [[2, 1], [4, 3]]
+    assert (eight.names[8], eight.groups[8]) == ("x mirrored", "g mirrored")
+    assert all(a == b for a, b in zip(eight.groups[0::2], eight.groups[1::2], strict=True))
+    assert len(set(eight.groups)) == 8
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -91,6 +106,7 @@ def test_with_rotations_turns_counter_clockwise() -> None:
         (lambda: ClassDataset(torch.zeros(3, 4, 2)).select([]), ValueError, "no class was chosen of the 3"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2, 3)).with_rotations(), ValueError, "square images"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2)).with_rotations(), ValueError, "square images"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2, 3)).with_symmetries(), ValueError, "with_symmetries: .*square"),
         (lambda: ClassDataset.from_pairs(torch.zeros(3, 2), torch.zeros(3)), ValueError, "one integer label"),
         (lambda: ClassDataset.from_pairs(torch.zeros(3, 2), torch.zeros(2).long()), ValueError, r"\(2,\).*\(3, 2\)"),
         (lambda: ClassDataset.from_pairs(torch.zeros(0, 2), torch.zeros(0).long()), ValueError, "no samples"),

@@ -197,13 +197,18 @@ def test_a_run_may_go_on_with_other_evaluations_but_not_with_other_tasks(compose
 
 def test_size_and_training_classes_reach_the_data_and_the_network(compose_config, omniglot_root):
     settings = [*SMALL, f"task.root={omniglot_root}"]
-    for train_on, classes in (("train", 110), ("trainval", 136)):
-        config = compose_config(*settings, f"task.train_on={train_on}")
+    for overrides, classes in (
+        (["task.train_on=train"], 110),
+        (["task.train_on=trainval"], 136),
+        (["task.train_on=trainval", "task.symmetries=true"], 8 * 136),
+    ):
+        config = compose_config(*settings, *overrides)
         build.check(config)
         source = build.build_source(config, "train", tasks=2)
         assert isinstance(source, EpisodeSampler)
         assert len(source.dataset) == classes
         assert source.sample(0).support_x.shape == (2, 5, 1, 14, 14)
+        assert len(build.build_source(config, "test", tasks=2).dataset) == 659  # pyright: ignore
     build.build_learner(config).predict(source.sample(0))  # 4 patches, not 16
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _ROTATIONS = ("", "@90", "@180", "@270")
+_MIRRORED = " mirrored"
 
 
 class ClassDataset:
@@ -118,14 +119,34 @@ class ClassDataset:
         Class r * len(self) + c is class c turned by r * 90 degrees counter-clockwise (Santoro et al. 2016). A turned
         class stays in the group of the class that it came from.
         """
-        height, width = self.images.shape[-2:]
-        if self.images.ndim < 5 or height != width:
-            raise ValueError(
-                f"with_rotations: samples of shape {tuple(self.images.shape[2:])}; square images (C, H, H) are needed"
-            )
+        self._check_square("with_rotations")
         turned = torch.cat([self.images.rot90(quarter, (-2, -1)) for quarter in range(4)])
         names = [name + suffix for suffix in _ROTATIONS for name in self.names]
         return ClassDataset(turned, self.counts.repeat(4), names, self.groups * 4)
+
+    def with_symmetries(self) -> ClassDataset:
+        """Every class under the eight symmetries of the square, as classes of their own: 8x classes, 8x memory.
+
+        Those of `with_rotations`, then the mirror images (left and right exchanged) of all four. A group under a
+        symmetry is a group of its own: the characters of a task from one group all face the same way, and a character
+        that looks like its mirror image does not meet it there under another label.
+        """
+        self._check_square("with_symmetries")
+        turned = self.with_rotations()
+        groups = [group + suffix for suffix in _ROTATIONS for group in self.groups]
+        return ClassDataset(
+            torch.cat([turned.images, turned.images.flip(-1)]),
+            turned.counts.repeat(2),
+            [*turned.names, *(name + _MIRRORED for name in turned.names)],
+            [*groups, *(group + _MIRRORED for group in groups)],
+        )
+
+    def _check_square(self, who: str) -> None:
+        height, width = self.images.shape[-2:]
+        if self.images.ndim < 5 or height != width:
+            raise ValueError(
+                f"{who}: samples of shape {tuple(self.images.shape[2:])}; square images (C, H, H) are needed"
+            )
 
 
 def _checked_images(images: Tensor) -> Tensor:
