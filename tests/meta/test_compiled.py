@@ -202,6 +202,34 @@ def test_a_compiler_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) 
         CapturedStep(make("adam"), compile=True)(episode(0))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "precision", "convolves", "like"),
+    [
+        (torch.float32, "cuda", "highest", False, torch.float32),
+        (torch.float32, "cuda", "high", False, torch.float16),
+        (torch.float32, "cuda", "highest", True, torch.float16),  # convolutions have a setting of their own
+        (torch.float32, "cpu", "high", True, torch.float32),
+        (torch.float64, "cuda", "high", True, torch.float64),
+        (torch.bfloat16, "cuda", "high", True, torch.bfloat16),
+    ],
+)
+def test_what_counts_as_rounding_where_float32_is_computed_in_tf32(
+    dtype: torch.dtype, device: str, precision: str, convolves: bool, like: torch.dtype
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert compiled.same({dtype}, torch.device(device), convolves) == compiled.SAME[like]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_step_knows_whether_it_convolves() -> None:
+    image, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
+    assert Fused(lambda xs: [torch.nn.functional.conv2d(xs[0], xs[1])], [image, weight], compiler=as_traced).convolves
+    assert not Fused(lambda xs: [xs[0] * xs[1].sum()], [image, weight], compiler=as_traced).convolves
+
+
 def test_a_loss_that_is_not_finite_is_passed_on_and_the_next_one_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(piece: fx.GraphModule, inputs: Any) -> Any:
         return lambda *xs: [1.01 * x if x.is_floating_point() else x for x in piece(*xs)]

@@ -33,7 +33,9 @@ class CapturedStep:
     With `compile` the operations of a step, those of its gradient among them, are compiled by PyTorch's compiler, which
     fuses what lies between matrix products; the pieces that inner steps have in common are compiled once
     (`theria.meta.fused`). That takes a minute or a few, and pays over thousands of steps. The first result is
-    compared with the step's own.
+    compared with the step's own. On a GPU its batched float32 products, at "highest" precision
+    (`torch.set_float32_matmul_precision`), are three products of half-precision parts each, with float32's accuracy
+    (`theria.meta.products`).
 
     What is recorded is fixed: the shapes, the addresses of parameters and buffers (an optimiser of PyTorch updates them
     in place, and so does `load_state_dict`), and every branch that Python took: the labels of the first episode are

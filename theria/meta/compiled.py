@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from theria.meta.checks import recording
 from theria.meta.fused import Fused
+from theria.ops.precision import convolution_precision, matmul_precision
 
 Run = Callable[[Any, list[nn.Parameter]], Tensor]  # (episode, parameters) -> the detached loss; gradients in `.grad`
 Loss = Callable[[Callable[[Any], Any], Any], Tensor]  # (learner, episode) -> its loss, in the precision of the step
@@ -122,7 +123,8 @@ class _Step:
         if not bool(size.isfinite()):
             return
         differences = [a.double() - b for a, b in zip(found, wanted, strict=True)]
-        allowed = max(SAME.get(dtype, 0.0) for dtype in (self.precision or wanted[0].dtype, *(x.dtype for x in wanted)))
+        dtypes = {self.precision or wanted[0].dtype, *(x.dtype for x in wanted)}
+        allowed = same(dtypes, wanted[0].device, self.fused.convolves)
         # the gradient by itself too: it may be small beside the loss
         for error, of in ((_norm(differences), size), (_norm(differences[1:]), slope)):
             if not error <= allowed * of:
@@ -132,6 +134,14 @@ class _Step:
                     "torch and triton"
                 )
         self.checked = True
+
+
+def same(dtypes: set[torch.dtype], device: torch.device, convolves: bool) -> float:
+    """What a compiled step of these dtypes, with or without convolutions, may differ from the step itself."""
+    tf32 = matmul_precision() != "highest" or (convolves and convolution_precision() != "highest")
+    if tf32 and device.type == "cuda" and torch.float32 in dtypes:
+        dtypes = dtypes | {torch.float16}  # whose 11 bits are those of the factors of a product in TF32
+    return max(SAME.get(dtype, 0.0) for dtype in dtypes)
 
 
 def layout(leaves: list[Any]) -> tuple[Any, ...]:
@@ -153,18 +163,19 @@ def _value(x: Any) -> Any:
     return type(x), x  # True == 1 == 1.0
 
 
-Surroundings = tuple[tuple[bool, ...], torch.dtype | None, str, tuple[int, ...]]
+Surroundings = tuple[tuple[bool, ...], torch.dtype | None, tuple[str, str], tuple[int, ...]]
 
 
 def surroundings(learner: nn.Module) -> Surroundings:
-    """What else decides the operations of a step: which modules train, the dtype of autocast, float32's products, and
-    which names are the same tensor."""
+    """What else decides the operations of a step: which modules train, the dtype of autocast, float32's products and
+    convolutions, and which names are the same tensor."""
     kind = next(learner.parameters()).device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     named = (learner.named_parameters(remove_duplicate=False), learner.named_buffers(remove_duplicate=False))
     first: dict[int, int] = {}
     tied = tuple(first.setdefault(id(x), len(first)) for _, x in chain(*named))
-    return tuple(m.training for m in learner.modules()), autocast, torch.get_float32_matmul_precision(), tied
+    float32 = matmul_precision(), convolution_precision()
+    return tuple(m.training for m in learner.modules()), autocast, float32, tied
 
 
 @contextmanager

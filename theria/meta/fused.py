@@ -2,6 +2,7 @@
 
     trace        the operations that the step runs, its gradients among them, as one graph of PyTorch's own operators
     functional   the same without operations in place, so that it may be cut anywhere
+    by parts     float32 products, where that is faster (`theria.meta.products`)
     cut          between inner steps (`theria.meta.cuts`); pieces that are equal operation for operation are one
     compile      each different piece once, by PyTorch's compiler, which fuses what lies between matrix products
 
@@ -20,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, m
 from torch.overrides import TorchFunctionMode
 
 from theria.meta import cuts
+from theria.meta.products import by_parts
 
 Tensors = list[Tensor]
 Function = Callable[[Tensors], Tensors]
@@ -32,14 +34,20 @@ LOOKS = (
 )
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
+CONVOLUTION = torch.ops.aten.convolution.default
 ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default}
+
+
+# What is asked of PyTorch's compiler beyond its defaults. {"combo_kernels": True} puts independent small operations,
+# such as the sums for many biases, into one kernel: on a GPU, where nobody has measured it; nothing changes on a CPU.
+OPTIONS: dict[str, Any] = {}
 
 
 def inductor(piece: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """PyTorch's compiler."""
     import torch._inductor  # takes longer than to import torch
 
-    return torch._inductor.compile(piece, list(inputs))  # type: ignore[return-value]
+    return torch._inductor.compile(piece, list(inputs), options=OPTIONS)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ class Fused:
         self.device = inputs[0].device.type
         with torch.autocast(self.device, enabled=False):  # the casts are in the graph
             graph, at = _functional(graph, at, inputs)
-        self.constants, self.pieces, self.program, self.results = _cut(graph, at)
+        self.constants, self.pieces, self.program, self.results = _cut(by_parts(graph), at)
+        self.convolves = any(node.target is CONVOLUTION for piece in self.pieces for node in piece.graph.nodes)
         self.compiler = compiler
         self._compiled: dict[int, Callable[..., Sequence[Tensor]]] = {}
 
