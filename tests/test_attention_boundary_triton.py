@@ -16,6 +16,7 @@ from tests.boundary import SAMPLES, WITH_TRUTH, ids
 from tests.tolerances import TRITON_F32
 from theria.ops import sdpa, sdpa_bwd_dk, sdpa_bwd_dq, sdpa_bwd_dv, sdpa_jvp, triton_sdpa_fused
 from theria.testing import COMPOSITIONS, DIRECTIONAL, Sample, chained, compare, difference, make_sample, third_order
+from theria.testing.comparison import DERIVATIVE_RATIO
 
 pytest.importorskip("triton")
 
@@ -49,35 +50,42 @@ def long_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules.short, "fits", lambda *_: False)
 
 
-def error(composition: str, sample: Sample, wrap: Any = lambda attend: attend) -> float:
-    """Against the reference in float64 at the same rounded values."""
+def excess(composition: str, sample: Sample, wrap: Any = lambda attend: attend) -> float:
+    """The error against the reference in float64 at the same rounded values, of what it may be.
+
+    That is TRITON_F32, or where float32 itself loses more in a composition, three times what the closed formulas in
+    plain PyTorch are off (the ratio of `theria.testing.compare` for derivatives): the second derivative of a mapped
+    bias over tiny tensors cancels to 2.6e-6.
+    """
     rounded = sample.to(torch.float32)
     compose = COMPOSITIONS[composition]
     results = compose(wrap(attend), rounded.to(device=DEVICE))
     assert all(x.device.type == DEVICE and x.dtype == torch.float32 for x in results)
-    return difference([x.cpu().double() for x in results], compose(wrap(truth), rounded.to(torch.float64)))
+    exact = compose(wrap(truth), rounded.to(torch.float64))
+    plain = difference([x.double() for x in compose(wrap(truth), rounded)], exact)
+    return difference([x.cpu().double() for x in results], exact) / max(TRITON_F32, DERIVATIVE_RATIO * plain)
 
 
 @pytest.mark.parametrize(("composition", "sample"), ALL if ON_GPU else EACH, ids=ids)
 def test_composition_equals_the_reference(composition: str, sample: Sample) -> None:
-    assert error(composition, sample) <= TRITON_F32
+    assert excess(composition, sample) <= 1
 
 
 @pytest.mark.skipif(ON_GPU, reason="there every composition sees every sample")
 @pytest.mark.parametrize(("sample", "composition"), list(zip(SAMPLES, itertools.cycle(SECOND))), ids=ids)
 def test_every_sample_to_second_order(sample: Sample, composition: str) -> None:
-    assert error(composition, sample) <= TRITON_F32
+    assert excess(composition, sample) <= 1
 
 
 @pytest.mark.parametrize("sample", SAMPLES if ON_GPU else ROTATING, ids=ids)
 def test_kernels_for_long_sequences(sample: Sample, long_kernels: None) -> None:
     compositions = DIRECTIONAL if ON_GPU else SECOND[:1]
-    assert max(error(composition, sample) for composition in compositions) <= TRITON_F32
+    assert max(excess(composition, sample) for composition in compositions) <= 1
 
 
 @pytest.mark.parametrize("composition", COMPOSITIONS if ON_GPU else SECOND)
 def test_composition_through_two_calls(composition: str) -> None:
-    assert error(composition, make_sample((1,), 3, 3, 2, 2, options={"is_causal": True}), chained) <= TRITON_F32
+    assert excess(composition, make_sample((1,), 3, 3, 2, 2, options={"is_causal": True}), chained) <= 1
 
 
 @pytest.mark.skipif(not ON_GPU, reason="plain PyTorch on a GPU is the measure")
