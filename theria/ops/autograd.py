@@ -41,8 +41,9 @@ from torch.autograd import Function
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
 
-# The modules that implement forward, vjp, jvp, hvp, jvp_jvp and, if they can do better than jvp and then hvp, jvp_hvp.
-# Each is imported when it is first used: the kernels need Triton, the others do not.
+# The modules that implement forward, vjp, jvp, hvp, jvp_jvp and, if they can do better than one after the other,
+# jvp_hvp (jvp, hvp) and forward_jvp (forward, jvp: :mod:`theria.ops.duals`). Each is imported when it is first used:
+# the kernels need Triton, the others do not.
 RULES = {"custom": "theria.ops.blockwise", "triton": "theria.ops.triton.rules"}
 
 
@@ -60,7 +61,7 @@ def autocasts(device: str) -> bool:
     return _knows_autocast(device) and torch.is_autocast_enabled(device)
 
 
-def _call(name: str, spec: AttentionSpec, *args: Any) -> Any:
+def call(name: str, spec: AttentionSpec, *args: Any) -> Any:
     """Run a rule. Its dtypes are its own business: autocast must not reach into it."""
     rule = getattr(rules(spec.backend), name, _jvp_then_hvp)
     device = args[0].q.device.type
@@ -85,6 +86,11 @@ def _third_order(name: str, spec: AttentionSpec) -> NotImplementedError:
     )
 
 
+def _differentiable() -> bool:
+    """Whether what is computed now may be differentiated; not inside most backward passes, nor under ``no_grad``."""
+    return torch.is_grad_enabled() or fwad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 class _Rule(Function):
     """A Function whose ``vmap`` adds one leading dimension to the canonical operands and calls itself."""
 
@@ -95,13 +101,6 @@ class _Rule(Function):
             return super().apply(*args)
         args = [unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args]  # type: ignore[assignment]
         return super(Function, cls).apply(*args)  # type: ignore[misc]
-
-    @classmethod
-    def run(cls, *args: Any) -> Any:
-        """:meth:`apply`, or its forward alone where nothing can be differentiated: inside most backward passes."""
-        if torch.is_grad_enabled() or fwad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-            return cls.apply(*args)
-        return cls.forward(*args)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:  # type: ignore[override]
@@ -131,7 +130,7 @@ def _lift(x: Any, dim: int | None, size: int) -> Any:
 
 def _wanted(ops: Operands | Tangents, needed: tuple[bool, ...]) -> Shapes:
     """Shapes of q, k, v and mask where autograd asks for their cotangent."""
-    return _Shapes(x.shape if need and x is not None else None for x, need in zip(ops[:4], needed, strict=False))
+    return _Shapes([x.shape if need and x is not None else None for x, need in zip(ops[:4], needed, strict=False)])
 
 
 NO_GRADS = (None,) * 4
@@ -151,7 +150,7 @@ class Forward(_Rule):
     @staticmethod
     def forward(*args: Any) -> Any:
         *ops, spec = args
-        return _call("forward", spec, Operands(*ops), spec)
+        return call("forward", spec, Operands(*ops), spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -167,9 +166,9 @@ class Forward(_Rule):
         do, _ = cotangents
         if do is None:
             return (None,) * 6
-        *ops, o, lse = ctx.saved_tensors
-        shapes = _wanted(Operands(*ops), ctx.needs_input_grad)
-        return (*vjp(Operands(*ops), o, lse, do, ctx.spec, shapes), None, None)
+        *tensors, o, lse = ctx.saved_tensors
+        ops = Operands(*tensors)
+        return (*vjp(ops, o, lse, do, ctx.spec, _wanted(ops, ctx.needs_input_grad)), None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -184,7 +183,7 @@ class Vjp(_Rule):
     @staticmethod
     def forward(*args: Any) -> Any:
         *ops, o, lse, do, spec, shapes = args
-        return _call("vjp", spec, Operands(*ops), o, lse, do, spec, shapes)
+        return call("vjp", spec, Operands(*ops), o, lse, do, spec, shapes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -214,7 +213,7 @@ class Jvp(_Rule):
     @staticmethod
     def forward(*args: Any) -> Any:
         *tensors, spec = args
-        return _call("jvp", spec, Operands(*tensors[:5]), *tensors[5:7], Tangents(*tensors[7:]), spec)
+        return call("jvp", spec, Operands(*tensors[:5]), *tensors[5:7], Tangents(*tensors[7:]), spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -291,7 +290,7 @@ class Hvp(_Rule):
     def forward(*args: Any) -> Any:
         *tensors, spec, shapes = args
         ops, (o, lse, do), t = Operands(*tensors[:5]), tensors[5:8], Tangents(*tensors[8:12])
-        return _call("hvp", spec, ops, o, lse, do, t, *tensors[12:], spec, shapes)
+        return call("hvp", spec, ops, o, lse, do, t, *tensors[12:], spec, shapes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -336,7 +335,7 @@ class JvpHvp(_Rule):
     def forward(*args: Any) -> Any:
         *tensors, spec, shapes = args
         ops, (o, lse), t = Operands(*tensors[:5]), tensors[5:7], Tangents(*tensors[7:11])
-        return _call("jvp_hvp", spec, ops, o, lse, tensors[16], t, tensors[11], spec, shapes)
+        return call("jvp_hvp", spec, ops, o, lse, tensors[16], t, tensors[11], spec, shapes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -380,7 +379,7 @@ class JvpJvp(_Rule):
         *tensors, spec = args
         ops, (o, lse), t = Operands(*tensors[:5]), tensors[5:7], tensors[7:19]
         directions = Tangents(*t[:4]), Tangents(*t[4:8]), Tangents(*t[8:])
-        return _call("jvp_jvp", spec, ops, o, lse, *directions, *tensors[19:], spec)
+        return call("jvp_jvp", spec, ops, o, lse, *directions, *tensors[19:], spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -395,22 +394,29 @@ class JvpJvp(_Rule):
         raise _third_order("jvp_jvp", ctx.spec)
 
 
-# The five rules under the signatures of the reference, differentiable as far as the closure goes.
+# The five rules under the signatures of the reference, differentiable as far as the closure goes. Where nothing can be
+# differentiated they are called without their Function.
 
 
 def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o, lse; see :func:`theria.ops.reference.forward`."""
-    return Forward.run(*ops, spec)  # type: ignore[return-value]
+    if not _differentiable():
+        return call("forward", spec, ops, spec)
+    return Forward.apply(*ops, spec)  # type: ignore[return-value]
 
 
 def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes) -> Any:
     """dq, dk, dv, dmask; see :func:`theria.ops.reference.vjp`."""
-    return Vjp.run(*ops, o, lse, do, spec, _Shapes(shapes))
+    if not _differentiable():
+        return call("vjp", spec, ops, o, lse, do, spec, shapes)
+    return Vjp.apply(*ops, o, lse, do, spec, _Shapes(shapes))
 
 
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> Any:
     """to, tau; see :func:`theria.ops.reference.jvp`."""
-    return Jvp.run(*ops, o, lse, *t, spec)
+    if not _differentiable():
+        return call("jvp", spec, ops, o, lse, t, spec)
+    return Jvp.apply(*ops, o, lse, *t, spec)
 
 
 def hvp(
@@ -426,12 +432,14 @@ def hvp(
     shapes: Shapes,
 ) -> Any:
     """tdq, tdk, tdv, tdmask; see :func:`theria.ops.reference.hvp`."""
+    if not _differentiable():
+        return call("hvp", spec, ops, o, lse, do, t, tdo, to, tau, spec, shapes)
     *operands, guarded = _guarded(ops, do, spec)
-    return Hvp.run(*operands, ops.seed, o, lse, guarded, *t, tdo, to, tau, spec, _Shapes(shapes))
+    return Hvp.apply(*operands, ops.seed, o, lse, guarded, *t, tdo, to, tau, spec, _Shapes(shapes))
 
 
 def _guarded(ops: Operands, do: Tensor, spec: AttentionSpec) -> Any:
-    return (None if x is None else ThirdOrder.run(x, spec) for x in (*ops[:4], do))
+    return (None if x is None else ThirdOrder.apply(x, spec) for x in (*ops[:4], do))
 
 
 def jvp_hvp(
@@ -445,7 +453,9 @@ def jvp_hvp(
     shapes: Shapes,
 ) -> Any:
     """to, tau, tdq, tdk, tdv, tdmask: :func:`jvp` and then :func:`hvp` along the same direction."""
-    return JvpHvp.run(*ops, o, lse, *t, tdo, *_guarded(ops, do, spec), spec, _Shapes(shapes))
+    if not _differentiable():
+        return call("jvp_hvp", spec, ops, o, lse, do, t, tdo, spec, shapes)
+    return JvpHvp.apply(*ops, o, lse, *t, tdo, *_guarded(ops, do, spec), spec, _Shapes(shapes))
 
 
 def along(
@@ -470,4 +480,6 @@ def jvp_jvp(
     spec: AttentionSpec,
 ) -> Any:
     """tto; see :func:`theria.ops.reference.jvp_jvp`."""
-    return JvpJvp.run(*ops, o, lse, *t1, *t2, *t12, tau1, tau2, spec)
+    if not _differentiable():
+        return call("jvp_jvp", spec, ops, o, lse, t1, t2, t12, tau1, tau2, spec)
+    return JvpJvp.apply(*ops, o, lse, *t1, *t2, *t12, tau1, tau2, spec)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from theria.ops import autograd, checks, reference
+from theria.ops.duals import output_and_tangent
 from theria.ops.operands import Shapes, Tangents, batch_shape
 from theria.ops.sdpa import prepare
 from theria.ops.sweep import compute_dtype
@@ -175,7 +176,10 @@ def sdpa_jvp(
     """
     call = ExplicitCall(query, key, value, options, tangent_mask is not None)
     t = call.direction("tangent", (tangent_query, tangent_key, tangent_value, tangent_mask))
-    to, tau = call.rules.jvp(call.ops, *call.residuals(out, lse), t, call.spec)
+    if call.rules is autograd and (out is None or lse is None):
+        *_, to, tau = output_and_tangent(call.ops, t, call.spec)
+    else:
+        to, tau = call.rules.jvp(call.ops, *call.residuals(out, lse), t, call.spec)
     return call.layout.leave(to), call.layout.leave_row(tau)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from theria.ops import checks, reference
 from theria.ops.autograd import Forward, autocasts
 from theria.ops.capabilities import CAPABILITIES, PREFERENCE
+from theria.ops.duals import dual_output
 from theria.ops.operands import AttentionSpec, Layout, Operands, canonical, default_scale, with_dropout
 from theria.ops.transforms import in_graph
 
@@ -105,14 +106,14 @@ def _signature(query: Any, key: Any, value: Any, is_causal: Any, scale: Any, ena
     for x in (query, key, value):
         if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cuda:
             return None
+        if x._has_symbolic_sizes_strides:  # while a graph is traced
+            return None
     if type(is_causal) is not bool or (scale is not None and type(scale) is not float):
         return None
     if type(enable_gqa) is not bool or type(backend) is not str:
         return None
     if enable_gqa and key.shape != value.shape:
         return None
-    if not all(type(size) is int for x in (query, key, value) for size in x.shape):
-        return None  # symbolic, while a graph is traced
     shapes, dtypes = (query.shape, key.shape, value.shape), (query.dtype, key.dtype, value.dtype)
     return *shapes, *dtypes, query.device, key.device, value.device, is_causal, scale, enable_gqa, backend
 
@@ -185,7 +186,7 @@ def sdpa(
     )
     if call.spec.backend == "reference":
         o, _ = reference.forward(call.ops, call.spec)
-    else:
+    elif (o := dual_output(call.ops, call.spec)) is None:
         o, _ = Forward.apply(*call.ops, call.spec)
     return call.layout.leave(o)
 

@@ -92,12 +92,10 @@ class _Driver:
 def compile_launch(launch: Launch, arch: int) -> Compiled:
     """Compile what a launch would run."""
     driver.set_active(_Driver(arch))  # type: ignore[arg-type]
+    tile = launch.tile
+    most = {"maxnreg": tile.most} if tile.most else {}
     made: Any = launch.kernel.warmup(
-        *launch.args,
-        S=launch.static,
-        num_warps=launch.tile.warps,
-        num_stages=launch.tile.stages,
-        grid=(launch.programs,),
+        *launch.args, S=launch.static, num_warps=tile.warps, num_stages=tile.stages, grid=(launch.programs,), **most
     )
     usage, ptx = _usage(made.asm["cubin"]), made.asm["ptx"]
     return Compiled(

@@ -143,9 +143,15 @@ def _jvp_hvp(tdo: bool = False) -> Rule:
     return Rule("short", "jvp_hvp_short", lambda p: (*_second(p, tdo), p.spec, _shapes(p, "qkv")), both)
 
 
+def _forward_jvp(ops: Operands, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, ...]:
+    o, lse = reference.forward(ops, spec)
+    return (o, lse, *reference.jvp(ops, o, lse, t, spec))
+
+
 # By kernel: a rule that launches it.
 RULES = {
     "forward": Rule("forward", "forward", lambda p: (p.ops, p.spec), reference.forward),
+    "forward_jvp": Rule("forward_jvp", "forward_jvp", lambda p: (p.ops, p.t, p.spec), _forward_jvp),
     "row_stats": _hvp("q"),
     "vjp_dq": _vjp("q"),
     "vjp_dkv": _vjp("kv"),

@@ -18,7 +18,7 @@ from theria.testing.sass import lost_operands
 
 pytest.importorskip("triton")
 GROUPS = (
-    ("forward", "jvp", "row_stats", "vjp_dq", "vjp_dkv"),
+    ("forward", "forward_jvp", "jvp", "row_stats", "vjp_dq", "vjp_dkv"),
     ("hvp_dq", "hvp_dkv", "jvp_jvp"),
     ("hvp_dq_all", "hvp_dkv_all"),
     ("vjp_short", "second_short", "second_short_all"),

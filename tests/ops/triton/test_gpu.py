@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,27 @@ def everything(tensors: list[Tensor]) -> list[Tensor]:
 def tensors(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     generator = torch.Generator("cuda").manual_seed(seed)
     return [torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(7)]
+
+
+def test_a_profiler_is_told_of_replayed_launches() -> None:
+    from triton import knobs
+
+    q, k, v, *_ = tensors((1, 2, 16, 16), 0)
+    expected = fused(q, k, v)
+    told: list[str] = []
+
+    def hook(metadata: Any) -> None:
+        told.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        watched = fused(q, k, v)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert told == ["forward_kernel"]
+    assert torch.equal(watched, expected)
+    assert torch.equal(fused(q, k, v), expected)
+    assert len(told) == 1
 
 
 @SHAPES

@@ -17,7 +17,7 @@ from theria.ops import blockwise, reference
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, default_scale, with_dropout
 from theria.ops.triton import short
 from theria.ops.triton.launch import Frame
-from theria.ops.triton.short import jvp_hvp_short, vjp_short
+from theria.ops.triton.short import hvp_short, jvp_hvp_short, vjp_short
 from theria.ops.triton.tiles import Tile, override
 
 # NumPy's word on the interpreter's own conversions
@@ -69,12 +69,17 @@ class Case:
     def jvp_hvp(self) -> tuple[Any, ...]:
         return jvp_hvp_short(self.ops, self.o, self.lse, self.do, self.t, self.tdo, self.spec, self.shapes)
 
+    def hvp(self) -> tuple[Any, ...]:
+        nothing = torch.full_like(self.do, float("nan")), torch.full_like(self.lse, float("nan"))  # is not read
+        return hvp_short(self.ops, self.o, self.lse, self.do, self.t, self.tdo, *nothing, self.spec, self.shapes)
+
     def moved(self) -> list[Tensor]:
         return [x for x in self.t if x is not None]
 
     def check(self) -> None:
         self.compare(self.vjp(), self.first, NAMES[2:])
         self.compare(self.jvp_hvp(), self.second, NAMES)
+        self.compare(self.hvp(), self.second[2:], NAMES[2:])
 
     def compare(self, results, truths, names) -> None:
         assert results[-1] is None
@@ -124,6 +129,7 @@ def test_larger_heads(N, M, D, E, causal, poisoned):
 def test_absent_tangents(present, tdo, poisoned):
     case = Case(make(3, 3, 2), make(3, 4, 2), make(3, 4, 3), present=present, tdo=tdo)
     case.compare(case.jvp_hvp(), case.second, NAMES)
+    case.compare(case.hvp(), case.second[2:], NAMES[2:])
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product((0, 1), repeat=3)))
@@ -197,6 +203,20 @@ def test_what_one_head_holds_stays_there(value, regime):
     for x, y in zip((*case.vjp()[:3], *case.jvp_hvp()[:5]), before, strict=True):
         assert torch.equal(torch.cat([x[:2], x[3:]]), torch.cat([y[:2], y[3:]]))
         assert x[2].isnan().all()
+
+
+@pytest.mark.parametrize("wanted", [ALL, (1, 0, 0), (0, 0, 1), (0, 0, 0)])
+@pytest.mark.parametrize("tdo", [False, True])
+def test_in_two_launches(wanted, tdo, poisoned):
+    """A tile that is split: the same bits, since no sum has another order."""
+    case = Case(make(2, 37, 8), make(2, 21, 8), make(2, 21, 5), causal=True, wanted=wanted, tdo=tdo)
+    with override("second_short", Tile(16, 32, 1, 1)):
+        whole = case.jvp_hvp()
+    with override("second_short", Tile(16, 32, 1, 1, split=True)):
+        split = case.jvp_hvp()
+    case.compare(split, case.second, NAMES)
+    for x, y in zip(whole, split, strict=True):
+        assert x is None if y is None else torch.equal(x, y)
 
 
 def test_a_pack_that_does_not_divide_the_heads(poisoned):

@@ -11,10 +11,10 @@ from torch import Tensor
 from theria.ops.operands import AttentionSpec, Operands
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
-from theria.ops.triton.masks import key_range, mask_scores, own_rows
+from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
-from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
-from theria.ops.triton.softmax import LN2, LOG2E, probabilities, scaled_scores
+from theria.ops.triton.products import left_operand, load_operand, weighted_sum
+from theria.ops.triton.softmax import logarithm, online_weights
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, store, store_row
 from theria.ops.triton.tiles import select
 
@@ -25,21 +25,9 @@ def _step(acc, total, top, q, keys, common, row, col, edge, S: constexpr):
     weighted sums of V relative to them."""
     k, v, key_factors = keys
     mask, seed, strides, head, lead, call = common
-    UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0
     of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
     k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
-    ADDITIVE: constexpr = mask is not None and mask.dtype.element_ty.is_floating()
-    if ADDITIVE:
-        x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
-        higher = tl.maximum(top, tl.max(x, 1))
-    else:  # the maximum before the (positive) scale: an exponent is then one multiply-add of a product
-        x = score_product(q, k, None, False, S)
-        x = mask_scores(x, mask, strides, lead, row, col, call, edge, UNIT, False, S)
-        higher = tl.maximum(top, tl.max(x, 1) * (call.scale * UNIT))
-        x = x * (call.scale * UNIT)
-    pivots = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
-    weight = probabilities(x, pivots[:, None], S)
-    shrink = probabilities(top, pivots, S)
+    weight, shrink, higher = online_weights(top, q, k, mask, strides, lead, row, col, call, edge, S)
     total = total * shrink + tl.sum(weight, 1)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
@@ -67,18 +55,26 @@ def forward_kernel(q, k, v, mask, seed, o, lse, row_factors, key_factors, stride
         acc, total, top = _step(acc, total, top, q_tile, keys, common, row, col, col >= plain, S)
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: o = 0, lse = −∞
     store(at(o, strides.o, lead, S.VEC), acc / total[:, None], row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
-    rows = top + tl.log(total) if S.PRECISION != "ieee" else (top + tl.log2(total)) * LN2
-    store_row(at_row(lse, head, call), rows, row, call.N, S.BLOCK_M, S.EVEN_N)
+    store_row(at_row(lse, head, call), logarithm(top, total, S), row, call.N, S.BLOCK_M, S.EVEN_N)
 
 
 NAMES = ("q", "k", "v", "mask", "seed", "o")
 
 
+def with_positive_scale(
+    ops: Operands, tq: Tensor | None, spec: AttentionSpec
+) -> tuple[Operands, Tensor | None, AttentionSpec]:
+    """The same call with a positive scale and its sign in q and tq: the maximum of a row is taken before the scale."""
+    if spec.scale > 0:
+        return ops, tq, spec
+    sign = -1 if spec.scale < 0 else 0
+    spec = replace(spec, scale=-spec.scale or 1.0)
+    return ops._replace(q=sign * ops.q), None if tq is None else sign * tq, spec
+
+
 def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o, lse; see :func:`theria.ops.reference.forward`."""
-    if spec.scale <= 0:  # the kernel takes the maximum of a row before the scale
-        sign = -1 if spec.scale < 0 else 0
-        ops, spec = ops._replace(q=sign * ops.q), replace(spec, scale=-spec.scale or 1.0)
+    ops, _, spec = with_positive_scale(ops, None, spec)
     frame = with_parts(Frame(ops, spec), NAMES)
     tile = select("forward", frame)
     o, lse = frame.new_output(), frame.new_rows()

@@ -233,7 +233,7 @@ def launch(kernel: Any, programs: int, frame: Frame, args: Sequence[Any], static
     """Start ``programs`` programs of a kernel; ``args`` are its arguments before ``S``."""
     if programs == 0:
         return
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages} | ({"maxnreg": tile.most} if tile.most else {})
     if frame.device.type == "cuda" and frame.device.index != torch.cuda.current_device():
         with torch.cuda.device(frame.device):
             compiled = kernel[(programs,)](*args, S=static, **options)

@@ -1,5 +1,5 @@
 """The rules as operators of ``torch.library``: ``theria::sdpa_forward``, ``sdpa_vjp``, ``sdpa_jvp``, ``sdpa_hvp``,
-``sdpa_jvp_jvp`` and ``sdpa_jvp_hvp``, whole to a compiler, with fakes.
+``sdpa_jvp_jvp``, ``sdpa_jvp_hvp`` and ``sdpa_forward_jvp``, whole to a compiler, with fakes.
 
 Their schemas are flat: operands, tangents, the call and the wanted shapes are spelled out (:data:`FLAT`); a cotangent
 that is not wanted is a tensor of shape (0,). On plain tensors a rule is called without the dispatcher, which would cost
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.transforms import traced
-from theria.ops.triton.plans import replayed
+from theria.ops.triton.plans import described, replayed
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 LIBRARY = torch.library.Library("theria", "DEF")
@@ -36,6 +36,7 @@ FLAT = {
 # The arguments of each rule in order, and the number of its results besides cotangents.
 RULES = {
     "forward": ("ops spec", 2),
+    "forward_jvp": ("ops t spec", 4),
     "vjp": ("ops o lse do spec shapes", 0),
     "jvp": ("ops o lse t spec", 2),
     "hvp": ("ops o lse do t tdo to tau spec shapes", 0),
@@ -96,37 +97,14 @@ def operator(new: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
         @wraps(rule)
         def call(*args: Any) -> Any:
-            tensors, addresses = (None, None) if traced() else plain_tensors(args)
-            if tensors is None or addresses is None:
+            given = None if traced() else described(rule, args)
+            if given is None:
                 return _results(rule.__name__, dispatched(*flatten(args)), args[-1])
-            return replayed(rule, args, tensors, addresses)
+            return replayed(rule, args, given)
 
         return call  # type: ignore[return-value]
 
     return decorate
-
-
-def plain_tensors(args: Sequence[Any]) -> tuple[list[Tensor] | None, list[int] | None]:
-    """The tensors among the arguments of a rule and their addresses; None where the memory of one is not what it holds.
-
-    The dispatcher makes plain tensors of such ones.
-    """
-    tensors: list[Tensor] = []
-    for x in args:
-        if isinstance(x, Tensor):
-            tensors.append(x)
-        elif isinstance(x, (Operands, Tangents)):
-            tensors += [y for y in x if y is not None]
-    for x in tensors:
-        # the memory of a negative view (the imaginary part of a conjugate) has the other sign
-        if (type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.is_neg():
-            return None, None
-    try:
-        addresses = [x.data_ptr() for x in tensors]
-    except RuntimeError:  # mapped by is_grads_batched, whose tensors are of no type of their own
-        return None, None
-    # without an address are tensors of no element and forward mode's zeros, which have no memory
-    return (None, None) if 0 in addresses else (tensors, addresses)
 
 
 def _flat(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:

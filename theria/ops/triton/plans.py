@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
+from torch.nn import Parameter
+from triton import knobs
 
 from theria.ops.operands import Operands, Tangents
 from theria.ops.triton import tiles
 
 MAXIMUM = 4096  # plans that are kept
+# What compiled graphs allocate with, on the current device: half the time of torch.empty_strided.
+ALLOCATE = {name: getattr(guards, f"_empty_strided_{name}", None) for name in ("cuda", "cpu")}
 
 
 class Interpreted:
@@ -59,7 +65,8 @@ class Plan:
     """A rule's work for one layout of its arguments."""
 
     def __init__(self, recording: Recording, results: Any, device: torch.device) -> None:
-        self.device = device
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.allocate = ALLOCATE.get(device.type) or partial(_empty_strided, device)
         self.allocations = [(tuple(x.shape), x.stride(), x.dtype) for x in recording.allocated]
         self.launches = recording.launches
         self.single = isinstance(results, Tensor)
@@ -69,27 +76,44 @@ class Plan:
 
     def run(self, tensors: list[Tensor], addresses: list[int]) -> Any:
         """The results for other tensors of the same layout; both lists are used up."""
-        device = self.device
-        for shape, stride, dtype in self.allocations:
-            x = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        if self.on_gpu and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self._run(tensors, addresses)
+        return self._run(tensors, addresses)
+
+    def _run(self, tensors: list[Tensor], addresses: list[int]) -> Any:
+        allocate = self.allocate
+        for layout in self.allocations:
+            x = allocate(*layout)
             tensors.append(x)
             addresses.append(x.data_ptr())
-        if device.type != "cuda":
-            self._launch(tensors)
-        elif device.index == torch.cuda.current_device():
-            self._launch(addresses)
+        if self.on_gpu:
+            self._launch(addresses, torch._C._cuda_getCurrentRawStream(self.device.index))
         else:
-            with torch.cuda.device(device):
-                self._launch(addresses)
+            self._launch(tensors, None)
         results = [None if i is None else tensors[i] for i in self.results]
         return results[0] if self.single else tuple(results)
 
-    def _launch(self, pointers: Sequence[Any]) -> None:
-        for compiled, programs, fixed, holes in self.launches:
+    def _launch(self, pointers: Sequence[Any], stream: int | None) -> None:
+        bare = stream is not None and not _watched()
+        for kernel, programs, fixed, holes in self.launches:
             args = fixed.copy()
             for position, slot in holes:
                 args[position] = pointers[slot]
-            compiled[programs, 1, 1](*args)
+            if bare:  # what kernel[grid] does, without collecting what hooks are told: a microsecond or two
+                kernel.run(programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *args)
+            else:
+                kernel[programs, 1, 1](*args)
+
+
+def _watched() -> bool:
+    """Whether a profiler wants to be told of launches."""
+    runtime: Any = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def _empty_strided(device: torch.device, shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 _plans: dict[Any, Plan | None] = {}
@@ -123,36 +147,56 @@ def unplanned() -> None:
         record.whole = False
 
 
-def replayed(rule: Callable[..., Any], args: Sequence[Any], tensors: list[Tensor], addresses: list[int]) -> Any:
-    """Call a rule on plain tensors: by its plan where there is one.
+class Described(NamedTuple):
+    """The arguments of a rule: its tensors, their addresses, and a key of all that decides what the rule does."""
 
-    Args:
-        tensors: those among ``args``. addresses: of each.
+    tensors: list[Tensor]
+    addresses: list[int]
+    key: tuple[Any, ...]
+
+
+def described(rule: Callable[..., Any], args: Sequence[Any]) -> Described | None:
+    """The arguments of a rule; None where the memory of a tensor is not what it holds, or it has none.
+
+    The dispatcher makes plain tensors of such ones.
     """
+    tensors: list[Tensor] = []
+    addresses: list[int] = []
+    key: list[Any] = [rule, matmul_precision()]
+    low = 0
+    for x in args:
+        for y in x if type(x) is Operands or type(x) is Tangents else (x,):
+            if y is None or not isinstance(y, Tensor):
+                key.append(y)
+                continue
+            if type(y) is not Tensor and type(y) is not Parameter:
+                return None
+            try:
+                address = y.data_ptr()
+            except RuntimeError:  # mapped by is_grads_batched, whose tensors are of no type of their own
+                return None
+            # without an address are tensors of no element and forward mode's zeros, which have no memory;
+            # the memory of a negative view (the imaginary part of a conjugate) has the other sign
+            if not address or y.is_neg():
+                return None
+            tensors.append(y)
+            addresses.append(address)
+            key += y.shape, y.stride(), y.dtype
+            low |= address
+    key += tensors[0].device, low & 15 and tuple([address & 15 for address in addresses])
+    return Described(tensors, addresses, tuple(key))
+
+
+def replayed(rule: Callable[..., Any], args: Sequence[Any], given: Described) -> Any:
+    """Call a rule on plain tensors: by its plan where there is one."""
+    tensors, addresses, key = given
     if tiles.overridden() or recording() is not None or len(set(addresses)) < len(addresses):
         # in a recording its kernels are the caller's; which of two tensors in one place a kernel got is unknown
         return rule(*args)
-    device = tensors[0].device
-    key = (
-        rule,
-        device,
-        matmul_precision(),
-        *[(x.shape, x.stride(), x.dtype, address & 15) for x, address in zip(tensors, addresses, strict=True)],
-        *[_without_tensors(x) for x in args],
-    )
     plan = _plans.get(key, _UNKNOWN)  # one look: another thread may clear them
     if plan is _UNKNOWN:
-        return _record(rule, args, tensors, device, key)
+        return _record(rule, args, tensors, tensors[0].device, key)
     return rule(*args) if plan is None else plan.run(tensors, addresses)
-
-
-def _without_tensors(x: Any) -> Any:
-    """An argument as a key, with its tensors as mere places."""
-    if isinstance(x, Tensor):
-        return Tensor
-    if isinstance(x, (Operands, Tangents)):
-        return tuple([None if y is None else Tensor for y in x])
-    return x
 
 
 def _record(rule: Callable[..., Any], args: Sequence[Any], tensors: list[Tensor], device: Any, index: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from theria.ops.checks import UnsupportedError
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape
 from theria.ops.triton import forward as forward_kernels
+from theria.ops.triton import forward_jvp as forward_jvp_kernels
 from theria.ops.triton import hvp as hvp_kernels
 from theria.ops.triton import jvp as jvp_kernels
 from theria.ops.triton import jvp_jvp as jvp_jvp_kernels
@@ -49,6 +50,11 @@ def new_vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSp
 def new_jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v)
     return frame.new_output(), frame.new_rows()
+
+
+def new_forward_jvp(ops: Operands, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    o, lse = new_forward(ops, spec)
+    return (o, lse, *new_jvp(ops, o, lse, t, spec))
 
 
 def new_hvp(
@@ -156,6 +162,17 @@ def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec)
     return jvp_kernels.jvp(ops, o, lse, t, spec)
 
 
+@operator(new_forward_jvp)
+def forward_jvp(ops: Operands, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, lse, to, tau: forward and jvp."""
+    _refuse_mask(t.mask)
+    # a map over tangents alone leaves what forward returns smaller than what jvp returns
+    if _empty(ops) or _still(t) or batch_shape(*ops) != batch_shape(*ops, *t):
+        o, lse = forward(ops, spec)
+        return (o, lse, *jvp(ops, o, lse, t, spec))
+    return forward_jvp_kernels.forward_jvp(ops, t, spec)
+
+
 @operator(new_hvp)
 def hvp(
     ops: Operands,
@@ -175,7 +192,8 @@ def hvp(
         return vjp(ops, o, lse, tdo, spec, shapes)
     if _empty(ops) or _still(t):
         return _zero(new_hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
-    return hvp_kernels.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes)
+    run = short.hvp_short if _short(ops) else hvp_kernels.hvp
+    return run(ops, o, lse, do, t, tdo, to, tau, spec, shapes)
 
 
 @operator(new_jvp_jvp)

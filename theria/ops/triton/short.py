@@ -64,7 +64,7 @@ def heads_of(tile: Tile, frame: Frame, grouped: bool) -> int:
     return max(tile.rows // rows, 1) if small and not grouped else 1
 
 
-def _launch(kernel: Any, name: str, frame: Frame, names: tuple[str, ...], rows: tuple[Tensor, ...], grouped: bool):
+def _launch(kernel: Any, name: str, frame: Frame, names: tuple[str, ...], rows: tuple[Any, ...], grouped: bool):
     """Start a short kernel on the heads of a frame."""
     tile = select(name, frame)
     pack = heads_of(tile, frame, grouped)
@@ -75,6 +75,18 @@ def _launch(kernel: Any, name: str, frame: Frame, names: tuple[str, ...], rows: 
     one = tile.rows >= frame.N and not grouped
     programs = frame.heads // frame.lead[-1] if grouped else -(-frame.heads // pack)
     launch(kernel, programs, frame, (*tensors, *rows, strides, call, frame.heads, pack, flat, one), static, tile)
+
+
+def _launch_second(frame: Frame, lse: Tensor, tau: Tensor, grouped: bool) -> None:
+    """jvp with hvp: in one launch, or tO with tdV and then tdQ with tdK (15 products) where the tile says so."""
+    written = frame.tensors
+    parts = (("dq", "dk"), ("to", "dv")) if select("second_short", frame).split else ((),)
+    for absent in parts:
+        frame.tensors = {name: x for name, x in written.items() if name not in absent}
+        if {"to", "dq", "dk"} & frame.tensors.keys():
+            rows = frame.rows(lse), tau if "to" in frame.tensors else None
+            _launch(second_short_kernel, "second_short", frame, SECOND_NAMES, rows, grouped)
+    frame.tensors = written
 
 
 def vjp_short(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes):
@@ -101,8 +113,28 @@ def jvp_hvp_short(
     frame = Frame(ops, spec, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo)
     to, tau = frame.new_output("to"), frame.new_rows()
     out, grouped = _cotangents(frame, shapes)
-    _launch(second_short_kernel, "second_short", frame, SECOND_NAMES, (frame.rows(lse), tau), grouped)
+    _launch_second(frame, lse, tau, grouped)
     return to, tau, *map(frame.finish, out, shapes[:3]), None
+
+
+def hvp_short(
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    t: Tangents,
+    tdo: Tensor | None,
+    to: Tensor,
+    tau: Tensor,
+    spec: AttentionSpec,
+    shapes: Shapes,
+):
+    """tdq, tdk, tdv, None; see :func:`theria.ops.reference.hvp`. What the jvp has given is not read."""
+    del o, to, tau
+    frame = Frame(ops, spec, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo)
+    out, grouped = _cotangents(frame, shapes)
+    _launch(second_short_kernel, "second_short", frame, SECOND_NAMES, (frame.rows(lse), None), grouped)
+    return *map(frame.finish, out, shapes[:3]), None
 
 
 def _cotangents(frame: Frame, shapes: Shapes) -> tuple[tuple[Tensor | None, ...], bool]:

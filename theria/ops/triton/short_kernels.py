@@ -113,7 +113,7 @@ def _vjp_block(acc_k, acc_v, k, v, q, do, dq, dk, dv, lse, mask, seed, strides, 
 @triton.jit
 def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, head, row,
                   call, PACK: constexpr, FLAT: constexpr, S: constexpr):  # fmt: skip
-    """(10)-(18) of one block of rows: writes tO, tau and tdQ, adds to tdK (without scale) and tdV."""
+    """(10)-(18) of one block of rows: writes tO with tau, and tdQ, adds to tdK (without scale) and tdV."""
     lead = coordinates(head, call, FLAT)
     q = load_operand(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
     tq = load_operand(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
@@ -128,14 +128,16 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
         ts *= call.scale
         total = row_sum(p * ts)
         tp = p * (ts - total)  # (13)
-        out = _add_transposed(out, drop(tp, keep), v, S)
+        if to is not None:
+            out = _add_transposed(out, drop(tp, keep), v, S)
         if dv is not None:
             acc_v = _add(acc_v, drop(tp, keep), do, S)
     if dv is not None:
         acc_v = _add(acc_v, drop(p, keep), tdo, S)
-    out = _add_transposed(out, drop(p, keep), tv, S)
-    _store_rows(to, out, strides.to, lead, row, call, "E", PACK, S)
-    store_row(tau, total, head, row, call, PACK, S)
+    if to is not None:
+        out = _add_transposed(out, drop(p, keep), tv, S)
+        _store_rows(to, out, strides.to, lead, row, call, "E", PACK, S)
+        store_row(tau, total, head, row, call, PACK, S)
     if dq is not None or dk is not None:
         if tp is not None:
             dp = drop(product_with_transposed(v, do, None, S), keep)

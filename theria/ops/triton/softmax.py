@@ -27,6 +27,39 @@ def scaled_scores(q, k, mask, strides, lead, row, col, call, edge, TRANSPOSED: c
 
 
 @triton.jit
+def online_weights(top, q, k, mask, strides, lead, row, col, call, edge, S: constexpr):
+    """exp S (1) of a tile relative to the maxima of its rows so far, in the unit of :func:`scaled_scores`.
+
+    Args:
+        top: the maxima of the tiles before, −∞ for a row that has seen no key yet. ``call.scale`` is positive.
+
+    Returns:
+        The weights, what the sums of the tiles before shrink by, and the maxima with this tile.
+    """
+    UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0
+    ADDITIVE: constexpr = mask is not None and mask.dtype.element_ty.is_floating()
+    if ADDITIVE:
+        x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
+        higher = tl.maximum(top, tl.max(x, 1))
+    else:  # the maximum before the (positive) scale: an exponent is then one multiply-add of a product
+        x = score_product(q, k, None, False, S)
+        x = mask_scores(x, mask, strides, lead, row, col, call, edge, UNIT, False, S)
+        higher = tl.maximum(top, tl.max(x, 1) * (call.scale * UNIT))
+        x = x * (call.scale * UNIT)
+    pivots = tl.where(higher == float("-inf"), 0.0, higher)
+    return probabilities(x, pivots[:, None], S), probabilities(top, pivots, S), higher
+
+
+@triton.jit
+def logarithm(top, total, S: constexpr):
+    """lse (2) of rows from their maxima and the sums of their weights, 1 for a row that sees no key."""
+    if S.PRECISION == "ieee":
+        return (top + tl.log2(total)) * LN2
+    else:
+        return top + tl.log(total)
+
+
+@triton.jit
 def pivot(lse, S: constexpr):
     """lse in the unit of :func:`scaled_scores`; 0 for a row that sees no key, whose scores are all −inf."""
     UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0

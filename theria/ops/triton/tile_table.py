@@ -1,6 +1,8 @@
 """Written by ``scripts/tune.py``: (kernel, width, kind, causal, chip, keys) -> the fields of a ``Tile``."""
 
-TABLE: dict[tuple[str, int, str, bool, int, int], tuple[int, int, int, int, bool, bool]] = {
+from typing import Any
+
+TABLE: dict[tuple[str, int, str, bool, int, int], tuple[Any, ...]] = {
     ("forward", 16, "half", False, 90, 0): (64, 64, 4, 3, False, False),
     ("forward", 16, "half", True, 90, 0): (64, 64, 4, 3, False, False),
     ("forward", 32, "half", False, 90, 0): (64, 64, 4, 3, False, False),
@@ -11,6 +13,16 @@ TABLE: dict[tuple[str, int, str, bool, int, int], tuple[int, int, int, int, bool
     ("forward", 128, "half", True, 90, 0): (128, 64, 8, 3, False, False),
     ("forward", 64, "float", False, 90, 0): (128, 64, 8, 2, False, False),
     ("forward", 64, "float", True, 90, 0): (128, 64, 8, 2, False, False),
+    ("forward_jvp", 16, "half", False, 90, 0): (64, 64, 4, 3, False, True),
+    ("forward_jvp", 16, "half", True, 90, 0): (64, 64, 4, 3, False, True),
+    ("forward_jvp", 32, "half", False, 90, 0): (64, 64, 4, 3, False, True),
+    ("forward_jvp", 32, "half", True, 90, 0): (64, 64, 4, 3, False, False),
+    ("forward_jvp", 64, "half", False, 90, 0): (64, 64, 4, 3, False, True),
+    ("forward_jvp", 64, "half", True, 90, 0): (64, 64, 4, 3, False, True),
+    ("forward_jvp", 128, "half", False, 90, 0): (128, 64, 8, 2, False, False),
+    ("forward_jvp", 128, "half", True, 90, 0): (128, 64, 8, 2, False, False),
+    ("forward_jvp", 64, "float", False, 90, 0): (128, 32, 8, 2, False, False),
+    ("forward_jvp", 64, "float", True, 90, 0): (128, 32, 8, 2, False, False),
     ("vjp_dq", 16, "half", False, 90, 0): (64, 64, 4, 3, False, False),
     ("vjp_dq", 16, "half", True, 90, 0): (64, 64, 4, 3, False, False),
     ("vjp_dq", 32, "half", False, 90, 0): (64, 64, 4, 3, False, False),

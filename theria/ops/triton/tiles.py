@@ -29,6 +29,7 @@ class Tile(NamedTuple):
     stages: int
     split: bool = False  # cotangents of keys and of values by two launches: fewer accumulators a program
     held: bool = False  # left operands that a loop does not change stay in registers (half precision)
+    most: int = 0  # registers of a thread at most, so that a multiprocessor has room for more programs; 0 for any
 
 
 class Key(NamedTuple):
@@ -130,7 +131,7 @@ def lookup(key: Key) -> Tile:
         side = max(key.keys, key.width)
         area = 1024 if key.kind == "float" else 2048 if side > 32 else 4096
         return Tile(min(max(area // side, LEAST), 64), key.keys, 8 if side > 64 else 4, 1)
-    order = "second" if key.kernel.startswith(("hvp", "jvp_jvp")) else "first"
+    order = "second" if key.kernel.startswith(("hvp", "jvp_jvp", "forward_jvp")) else "first"
     kept, walked, warps, stages = DEFAULTS[order][key.kind, key.width]
     return Tile(walked, kept, warps, stages) if "dkv" in key.kernel else Tile(kept, walked, warps, stages)
 
