@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 
-from theria.meta import MAML, SGD, CapturedStep, MixedMode, Unrolled, compiled, fused, products
+from theria.meta import MAML, SGD, CapturedStep, MixedMode, Unrolled, compiled, inductor, products
 from theria.meta.compiled import surroundings
 from theria.meta.fused import Fused
 from theria.nn import MLP
@@ -169,10 +169,10 @@ def test_a_step_by_parts_is_the_step(adjoint: Any, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("options", [{}, {"combo_kernels": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, inductor.OPTIONS], ids=str)
 def test_a_compiled_piece(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """By PyTorch's compiler, with each of the options that may be asked of it."""
-    monkeypatch.setattr(fused, "OPTIONS", options)
+    monkeypatch.setattr(inductor, "OPTIONS", options)
 
     def function(inputs: list[Tensor]) -> list[Tensor]:
         x, w, *others = inputs

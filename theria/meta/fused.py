@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, m
 from torch.overrides import TorchFunctionMode
 
 from theria.meta import cuts
+from theria.meta.inductor import convolves, inductor
 from theria.meta.products import by_parts
 
 Tensors = list[Tensor]
@@ -34,20 +35,7 @@ LOOKS = (
 )
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
-CONVOLUTION = torch.ops.aten.convolution.default
 ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default}
-
-
-# What is asked of PyTorch's compiler beyond its defaults. {"combo_kernels": True} puts independent small operations,
-# such as the sums for many biases, into one kernel: on a GPU, where nobody has measured it; nothing changes on a CPU.
-OPTIONS: dict[str, Any] = {}
-
-
-def inductor(piece: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """PyTorch's compiler."""
-    import torch._inductor  # takes longer than to import torch
-
-    return torch._inductor.compile(piece, list(inputs), options=OPTIONS)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,7 @@ class Fused:
         with torch.autocast(self.device, enabled=False):  # the casts are in the graph
             graph, at = _functional(graph, at, inputs)
         self.constants, self.pieces, self.program, self.results = _cut(by_parts(graph), at)
-        self.convolves = any(node.target is CONVOLUTION for piece in self.pieces for node in piece.graph.nodes)
+        self.convolves = any(map(convolves, self.pieces))
         self.compiler = compiler
         self._compiled: dict[int, Callable[..., Sequence[Tensor]]] = {}
 

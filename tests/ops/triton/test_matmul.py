@@ -168,6 +168,7 @@ def test_it_writes_where_it_is_told() -> None:
         assert torch.equal(out, matmul(a, b))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "out"), reason="an older compiler calls what returns a new tensor")
 def test_compiled_it_reads_views_and_writes_planned_memory() -> None:
     """The code is that of `torch.bmm`: no copy of an operand, and a result that is known to be aligned."""
 
