@@ -41,6 +41,36 @@ def test_attention_equals_torch(cross):
     torch.testing.assert_close(ours(x, context if cross else None), expected, rtol=EXACT, atol=EXACT)
 
 
+def test_attention_to_itself_is_attention_to_a_context_of_itself():
+    """One product for queries, keys and values, or three: the same to second order."""
+    torch.manual_seed(0)
+    layer = MultiheadAttention(8, 2).double()
+    x, parameters = torch.randn(2, 5, 8, dtype=torch.float64), list(layer.parameters())
+
+    def derivatives(out):
+        first = torch.autograd.grad(out.square().sum(), parameters, create_graph=True)
+        return [out, *first, *torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), parameters)]
+
+    for a, b in zip(derivatives(layer(x)), derivatives(layer(x, x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("how", ["hook", "no bias", "another module"])
+def test_attention_calls_layers_that_are_more_or_less_than_a_weight_and_a_bias(how):
+    torch.manual_seed(0)
+    layer = MultiheadAttention(8, 2).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    before = layer(x)
+    if how == "hook":
+        layer.query.register_forward_hook(lambda *given: 2 * given[-1])  # pyright: ignore[reportOperatorIssue]
+    else:
+        new = torch.nn.Linear(8, 8, bias=False).double()
+        layer.query = new if how == "no bias" else torch.nn.Sequential(new)  # pyright: ignore
+    found = layer(x)
+    torch.testing.assert_close(found, layer(x, x))
+    assert not torch.allclose(found, before)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_block_equals_torch_encoder_layer(causal):
     torch.manual_seed(0)

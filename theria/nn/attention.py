@@ -1,5 +1,7 @@
 """Multi-head attention on the operator of `theria.ops`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,21 +38,14 @@ class MultiheadAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """x (..., N, d_model), context (..., M, d_model), mask broadcastable to (..., H, N, M) -> (..., N, d_model)."""
-        if context is None:
-            q, k, v = map(self._heads, self._of_itself(x).chunk(3, -1))
+        layers = (self.query, self.key, self.value)
+        if context is None and all(map(_is_plain, layers)):
+            q, k, v = map(self._heads, _side_by_side(layers, x).chunk(3, -1))
         else:
-            q, k, v = self._heads(self.query(x)), self._heads(self.key(context)), self._heads(self.value(context))
+            sources = (x, x, x) if context is None else (x, context, context)
+            q, k, v = (self._heads(layer(source)) for layer, source in zip(layers, sources, strict=True))
         o = sdpa(q, k, v, attn_mask=attn_mask, is_causal=self.is_causal, backend=self.backend)
         return self.out(o.transpose(-3, -2).flatten(-2))
-
-    def _of_itself(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of the same tokens side by side, (..., N, 3 d_model): one product instead of three.
-
-        Each product of an inner loop has some ten relatives in its second derivative, and for the weights of one task
-        a third of their width leaves most of a GPU idle. The operator reads the three parts in place.
-        """
-        layers = (self.query, self.key, self.value)
-        return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(..., N, H * D) -> (..., H, N, D)."""
@@ -58,3 +53,18 @@ class MultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, {self.n_heads}, backend={self.backend!r}, is_causal={self.is_causal}"
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and its bias and nothing else, such as hooks or a module put in its place."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and layer.bias is not None and not hooks
+
+
+def _side_by_side(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """What three layers make of the same tokens, side by side (..., N, 3 d_model), by one product instead of three.
+
+    Each product of an inner loop has some ten relatives in its second derivative, and for the weights of one task a
+    third of their width leaves most of a GPU idle. The operator reads the three parts in place.
+    """
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
