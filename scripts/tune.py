@@ -49,6 +49,7 @@ BLOCKS = {
     ("float", 256): [(64, 16, 8, 1), (64, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1), (32, 32, 8, 1), (32, 16, 8, 2)],
 }
 HELD = 128  # largest width at which left operands fit into registers
+THREE = 168  # registers a thread with which three programs of four warps fit a multiprocessor of 65,536
 SPLIT = 128  # least width at which two launches for the cotangents of keys and values may pay
 # Rows of all heads of a program, by its keys.
 SHORT_ROWS = {16: (16, 32, 64, 128), 32: (32, 64, 128), 64: (16, 32, 64), 128: (16, 32, 64, 128)}
@@ -76,6 +77,8 @@ def candidates(key: Key) -> list[Tile]:
     # of a forward kernel that holds its queries the assembler makes a wrong program (theria/testing/sass.py)
     if key.kind == "half" and key.width <= HELD and key.kernel not in ("forward", "jvp_jvp"):
         tiles += [tile._replace(held=True) for tile in tiles]
+    if key.kind == "half" and key.width <= 64:
+        tiles += [tile._replace(most=THREE) for tile in tiles if tile.warps == 4]
     return tiles
 
 
