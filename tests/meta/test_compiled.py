@@ -19,6 +19,7 @@ from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2
 from theria.meta.truncated import Truncated
 from theria.nn import MLP, TransformerClassifier
+from theria.ops.precision import convolution_precision
 from theria.testing import difference
 
 # The same operations of float64, without those of autograd between them.
@@ -222,6 +223,20 @@ def test_what_counts_as_rounding_where_float32_is_computed_in_tf32(
         assert compiled.same({dtype}, torch.device(device), convolves) == compiled.SAME[like]
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_precision_of_convolutions_by_either_of_its_names() -> None:
+    settings = torch.backends.cudnn
+    assert convolution_precision() == "high"  # PyTorch's default, whatever products are computed in
+    try:
+        settings.allow_tf32 = False
+        assert convolution_precision() == "highest"
+        settings.allow_tf32 = True
+        settings.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+        assert convolution_precision() == "highest"  # where the older name refuses to tell
+    finally:
+        settings.conv.fp32_precision = "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+        settings.allow_tf32 = True
 
 
 def test_a_step_knows_whether_it_convolves() -> None:

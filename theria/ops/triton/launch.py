@@ -16,6 +16,7 @@ from torch import Tensor
 
 from theria.ops.dropout import keep_scale, threshold
 from theria.ops.operands import AttentionSpec, Operands, Shapes, batch_shape, sum_to
+from theria.ops.precision import matmul_precision
 from theria.ops.triton import plans
 from theria.ops.triton.tensors import Call, Static, Strides
 from theria.ops.triton.tiles import Tile, power_of_two
@@ -32,8 +33,8 @@ Layout = tuple[str, Sequence[int], Sequence[int]]  # name, shape, strides
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products are computed: float32 follows PyTorch's setting (:func:`plans.matmul_precision`)."""
-    return PRECISIONS[plans.matmul_precision()] if dtype == torch.float32 else "ieee"
+    """How products are computed: float32 follows PyTorch's setting (:func:`matmul_precision`)."""
+    return PRECISIONS[matmul_precision()] if dtype == torch.float32 else "ieee"
 
 
 @lru_cache(maxsize=4096)

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from triton import knobs
 
 from theria.ops.operands import Operands, Tangents
+from theria.ops.precision import matmul_precision
 from theria.ops.triton import tiles
 
 MAXIMUM = 4096  # plans that are kept
@@ -119,14 +120,6 @@ def _empty_strided(device: torch.device, shape: Any, stride: Any, dtype: torch.d
 _plans: dict[Any, Plan | None] = {}
 _UNKNOWN: Any = object()  # no plan was tried
 _current = threading.local()
-
-
-def matmul_precision() -> str:
-    """``torch.get_float32_matmul_precision()``, also where it refuses to tell."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch.backends.*.fp32_precision, which the older name does not know
-        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def recording() -> Recording | None:
