@@ -55,7 +55,6 @@ def few_steps(*overrides: str) -> list[str]:
         "trainer.eval_tasks=2",
         "trainer.pictures=false",
         "trainer.display=off",
-        "trainer.compile=false",  # tests of their own, and minutes for each network
         "tracking=off",
     ]
 

@@ -55,20 +55,46 @@ def test_attention_to_itself_is_attention_to_a_context_of_itself():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("how", ["hook", "no bias", "another module"])
+@pytest.mark.parametrize("how", ["hook", "global hook", "no bias", "another module", "another function"])
 def test_attention_calls_layers_that_are_more_or_less_than_a_weight_and_a_bias(how):
     torch.manual_seed(0)
     layer = MultiheadAttention(8, 2).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     before = layer(x)
+    hook = None
     if how == "hook":
         layer.query.register_forward_hook(lambda *given: 2 * given[-1])  # pyright: ignore[reportOperatorIssue]
+    elif how == "global hook":
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, _, out: 2 * out if module is layer.query else None
+        )
+    elif how == "another function":
+        query = layer.query.forward
+        layer.query.forward = lambda x: 2 * query(x)  # pyright: ignore[reportAttributeAccessIssue]
     else:
         new = torch.nn.Linear(8, 8, bias=False).double()
         layer.query = new if how == "no bias" else torch.nn.Sequential(new)  # pyright: ignore
-    found = layer(x)
-    torch.testing.assert_close(found, layer(x, x))
+    try:
+        found, wanted = layer(x), layer(x, x)
+    finally:
+        if hook is not None:
+            hook.remove()
+    torch.testing.assert_close(found, wanted)
     assert not torch.allclose(found, before)
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 16), (4, 4, 16), (16, 16, 4)])
+def test_attention_with_layers_of_other_widths(widths):
+    torch.manual_seed(0)
+    layer = MultiheadAttention(8, 2)
+    layer.query, layer.key, layer.value = (nn.Linear(8, width) for width in widths)
+    layer.out = nn.Linear(widths[-1], 8)
+    layer.double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), layer(x, x), rtol=EXACT, atol=EXACT)
+    layer.key = nn.Linear(8, 32 - sum(widths) + widths[1]).double()
+    with pytest.raises(ValueError, match="one width D"):
+        layer(x)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from theria.ops import sdpa
 
@@ -40,7 +41,8 @@ class MultiheadAttention(nn.Module):
         """x (..., N, d_model), context (..., M, d_model), mask broadcastable to (..., H, N, M) -> (..., N, d_model)."""
         layers = (self.query, self.key, self.value)
         if context is None and all(map(_is_plain, layers)):
-            q, k, v = map(self._heads, _side_by_side(layers, x).chunk(3, -1))
+            widths = [layer.weight.shape[0] for layer in layers]  # other layers than this module's may be in their place
+            q, k, v = map(self._heads, _side_by_side(layers, x).split(widths, -1))
         else:
             sources = (x, x, x) if context is None else (x, context, context)
             q, k, v = (self._heads(layer(source)) for layer, source in zip(layers, sources, strict=True))
@@ -56,13 +58,15 @@ class MultiheadAttention(nn.Module):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and its bias and nothing else, such as hooks or a module put in its place."""
+    """Whether a layer is its weight and its bias and nothing else, such as hooks, a module put in its place or a
+    function put in the place of its own."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and layer.bias is not None and not hooks
+    hooked = hooks or _has_any_global_hook()
+    return type(layer) is nn.Linear and layer.bias is not None and not hooked and "forward" not in vars(layer)
 
 
 def _side_by_side(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
-    """What three layers make of the same tokens, side by side (..., N, 3 d_model), by one product instead of three.
+    """What three layers make of the same tokens, side by side in the last dimension, by one product instead of three.
 
     Each product of an inner loop has some ten relatives in its second derivative, and for the weights of one task a
     third of their width leaves most of a GPU idle. The operator reads the three parts in place.

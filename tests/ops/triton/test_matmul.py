@@ -155,6 +155,20 @@ def test_what_is_no_product_is_refused() -> None:
         torch.ops.theria.matmul.out(a, a.mT, out=rand(2, 3, 4))
 
 
+def test_a_derivative_is_refused() -> None:
+    a, b = rand(2, 3, 4), rand(2, 4, 5)
+    required = b.clone().requires_grad_()
+    for derive in (
+        lambda: matmul(a, required),
+        lambda: torch.func.grad(lambda a: matmul(a, b).sum())(a),
+        lambda: torch.func.jvp(lambda b: matmul(a, b), (b,), (b,)),
+    ):
+        with pytest.raises(NotImplementedError, match="no derivative.*detach it"):
+            derive()
+    with torch.no_grad():
+        assert torch.equal(matmul(a, required), matmul(a, b))
+
+
 def test_opcheck() -> None:
     a, b = rand(2, 64, 20), rand(2, 30, 20).mT
     for args in ((a, b), (a[0], b[0])):

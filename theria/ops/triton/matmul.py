@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from theria.ops.transforms import differentiated
 from theria.ops.triton.products import OPERAND, split
 from theria.ops.triton.tensors import constexpr, device
 from theria.ops.triton.tiles import architecture
@@ -194,8 +195,19 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit, or operands on two devices.
         TypeError: another dtype than float32.
+        NotImplementedError: an operand requires grad or carries a tangent.
     """
+    if not torch.compiler.is_compiling():
+        _refuse_derivative(a, b)
     return torch.ops.theria.matmul(a, b)
+
+
+def _refuse_derivative(*operands: Tensor) -> None:
+    """Raise where PyTorch would warn of a gradient that is missing, and say nothing of a tangent that is."""
+    for x in operands:
+        what = differentiated(x)
+        if what is not None and (torch.is_grad_enabled() or not x.requires_grad):
+            raise NotImplementedError(f"this product has no derivative, and an operand {what}: detach it, or use a @ b")
 
 
 LIBRARY = torch.library.Library("theria", "FRAGMENT")
