@@ -21,6 +21,7 @@ from theria.curvature.second_order import at_least_float32
 from theria.meta.optimisers import Params
 
 T = TypeVar("T")
+STEM = "stem."
 Predictor = Callable[..., Tensor]  # (params, x) -> prediction; CAVIA's take a context after x
 
 
@@ -57,6 +58,35 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
         return out
 
     return predict
+
+
+class _AfterStem(nn.Module):
+    """What a module does with the outputs of its stem."""
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.whole.after_stem(tokens)  # type: ignore[operator]
+
+
+def has_stages(module: nn.Module) -> bool:
+    """Whether a module says how it works in two stages: `forward(x)` is `after_stem(stem(x))`."""
+    return isinstance(getattr(module, "stem", None), nn.Module) and callable(getattr(module, "after_stem", None))
+
+
+def stages(module: nn.Module, batch_norm: str) -> tuple[Predictor, Predictor]:
+    """The two stages of a module as functions of its parameters, by its own names: x -> stem(x) -> prediction."""
+    stem, rest = pure_function(module.stem, batch_norm), pure_function(_AfterStem(module), batch_norm)  # type: ignore[arg-type]
+
+    def before(params: Params, x: Tensor) -> Tensor:
+        return stem({name[len(STEM) :]: p for name, p in params.items() if name.startswith(STEM)}, x)
+
+    def after(params: Params, tokens: Tensor) -> Tensor:
+        return rest({f"whole.{name}": p for name, p in params.items()}, tokens)
+
+    return before, after
 
 
 def one_hot(y: Tensor, ways: int) -> Tensor:

@@ -76,16 +76,16 @@ class IMAML(GradientLearner):
             return self._over_tasks(task, episode, batched)
 
     def _inner_loss(self, params: Params, context: tuple[Params, Tensor, Tensor, Params]) -> Tensor:
-        """G of phi = params, given (the parameters that are not adapted, x, y, theta)."""
-        fixed, x, y, theta = context
+        """G of phi = params, given `_context` and theta."""
+        fixed, data, y, theta = context
         proximity = torch.stack([(p - theta[name]).square().sum() for name, p in params.items()]).sum()
-        return self._support_loss(params, (fixed, x, y)) + self.strength / 2 * proximity
+        return self._support_loss(params, (fixed, data, y)) + self.strength / 2 * proximity
 
     def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
         """phi_T, all parameters, by the model's own names."""
         theta, fixed = self._split(meta_params)
         hyper = self._hyper(meta_params)
-        final = self._solve(self._inner_loss, theta, (fixed, x, y, theta), hyper, steps)
+        final = self._solve(self._inner_loss, theta, (*self._context(fixed, x, y), theta), hyper, steps)
         return {**fixed, **final}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class IMAML(GradientLearner):
 
     def _stationarity(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor, y: Tensor) -> Tensor:
         theta, fixed, x, adapted = constant((*self._split(meta_params), x, adapted))
-        context = (fixed, x, y, theta)
+        context = (*self._context(fixed, x, y), theta)
 
         def norm(params: Params) -> Tensor:
             with torch.no_grad():

@@ -27,7 +27,7 @@ from theria.meta.checks import (
     is_batched,
     select,
 )
-from theria.meta.functional import Predictor, pure_function
+from theria.meta.functional import STEM, Predictor, has_stages, pure_function, stages
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -225,10 +225,27 @@ class GradientLearner(Learner):
         fixed = {name: p for name, p in theta.items() if name not in self.adapted}
         return {name: theta[name] for name in self.adapted}, fixed
 
+    @property
+    def _stages(self) -> tuple[Predictor, Predictor]:
+        """The model as (what no inner step changes, the rest): (its stem, what follows), or (nothing, all of it)."""
+        if self._pure is None and has_stages(self.model) and not any(name.startswith(STEM) for name in self.adapted):
+            return stages(self.model, self.batch_norm)
+        return lambda params, x: x, self._function
+
+    def _context(self, fixed: Params, x: Tensor, y: Tensor) -> tuple[Params, Tensor, Tensor]:
+        """What the inner steps read beside what they change: the other parameters, the data, the targets.
+
+        The data are the outputs of the stem where nothing of it is adapted: it is evaluated, and differentiated, once a
+        task and not in each step. Otherwise they are x.
+        """
+        before, _ = self._stages
+        return fixed, second_order(before)(fixed, x), y
+
     def _support_loss(self, params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
-        """The inner loss of the parameters that are adapted, given (the others, x, y)."""
-        fixed, x, y = context
-        return self._loss(lambda: self._function({**fixed, **params}, x), y, "support set")
+        """The inner loss of the parameters that are adapted, given `_context`."""
+        fixed, data, y = context
+        _, after = self._stages
+        return self._loss(lambda: after({**fixed, **params}, data), y, "support set")
 
 
 def as_key(name: str) -> str:

@@ -27,7 +27,8 @@ class MAML(GradientLearner):
         adjoint: how the inner solution is differentiated: `Unrolled()`, `MixedMode()`, `FirstOrder()`, `Higher()`, ...
             Implicit ones have no derivative in the initialisation: see `IMAML`.
         adapt: which parameters the inner loop changes: None for all that require grad, a predicate on names, or
-            names of parameters or modules. The others are meta-learned only.
+            names of parameters or modules. The others are meta-learned only. A module whose `forward(x)` is
+            `after_stem(stem(x))` and says so by these names runs its stem once a task where nothing of it is adapted.
         params: the initial parameters of a pure function, by name.
         chunk_size: how many tasks run at a time under `vmap`; None for all.
         randomness: what dropout does under `vmap`: "error", "different" masks for each task, or the "same".
@@ -72,7 +73,7 @@ class MAML(GradientLearner):
         """theta_T, all parameters, by the model's own names."""
         initial, fixed = self._split(meta_params)
         hyper = self._hyper(meta_params)
-        final = self._solve(self._support_loss, initial, (fixed, x, y), hyper, steps)
+        final = self._solve(self._support_loss, initial, self._context(fixed, x, y), hyper, steps)
         return {**fixed, **final}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:

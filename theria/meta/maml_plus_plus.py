@@ -70,7 +70,7 @@ class MAMLPlusPlus(GradientLearner):
         """theta_T, all parameters, by the model's own names."""
         initial, fixed = self._split(meta_params)
         hyper = self._hyper(meta_params)
-        final = self._solve(self._support_loss, initial, (fixed, x, y), hyper, steps)
+        final = self._solve(self._support_loss, initial, self._context(fixed, x, y), hyper, steps)
         return {**fixed, **final}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
@@ -81,9 +81,8 @@ class MAMLPlusPlus(GradientLearner):
         if not any(weights[:-1]):  # the path is not needed
             return weights[-1] * self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
         initial, fixed = self._split(meta_params)
-        path = trajectory(
-            self._now(), self._support_loss, initial, (fixed, sx, sy), self.inner, self._hyper(meta_params), self.steps
-        )
+        context, hyper = self._context(fixed, sx, sy), self._hyper(meta_params)
+        path = trajectory(self._now(), self._support_loss, initial, context, self.inner, hyper, self.steps)
         losses = [
             v * self._query_loss(meta_params, {**fixed, **theta}, qx, qy)
             for v, theta in zip(weights, path, strict=True)

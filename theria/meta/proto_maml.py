@@ -93,14 +93,16 @@ class ProtoMAML(GradientLearner):
     def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
         """theta_T, all parameters of the model by its own names, and the classifier's."""
         theta, hyper = self._theta(meta_params), self._hyper(meta_params)
-        h = second_order(self._function)(theta, x)
+        before, after = self._stages
+        data = second_order(before)(theta, x)
+        h = second_order(after)(theta, data)
         everything = {**theta, **self._prototype_head(h, y)}
         # Views: the classifier is made of the same parameters, and an adjoint that asks autograd for the inner gradient
         # (`Higher`) would get the total derivative, through the prototypes too, where a step takes the partial one.
         start = {name: everything[name].view_as(everything[name]) for name in self.adapted}
         fixed = {name: p for name, p in everything.items() if name not in start}
-        data = x if self._embeds_each_step else h
-        return {**fixed, **self._solve(self._support_loss, start, (fixed, data, y), hyper, steps)}
+        context = (fixed, data if self._embeds_each_step else h, y)
+        return {**fixed, **self._solve(self._support_loss, start, context, hyper, steps)}
 
     def _prototype_head(self, h: Tensor, y: Tensor) -> Params:
         """The linear classifier of the class means of h (S, d)."""
@@ -110,23 +112,27 @@ class ProtoMAML(GradientLearner):
         return {WEIGHT: 2 * means, BIAS: -means.square().sum(-1)}
 
     def _support_loss(self, params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
-        """The inner loss, given (the other parameters, x, y), or h for x where the inner steps do not change it."""
+        """The inner loss, given (the other parameters, data, y): the data as in `GradientLearner._context`, or the
+        embeddings where the inner steps do not change them."""
         fixed, data, y = context
         everything = {**fixed, **params}
+        _, after = self._stages
 
         def logits() -> Tensor:
-            return _classify(everything, self._embed(everything, data) if self._embeds_each_step else data)
+            return _classify(everything, after(_of_model(everything), data) if self._embeds_each_step else data)
 
         return self._loss(logits, y, "support set")
 
-    def _embed(self, everything: Params, x: Tensor) -> Tensor:
-        return self._function({name: p for name, p in everything.items() if name not in (WEIGHT, BIAS)}, x)
-
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return _classify(adapted, self._embed(adapted, x))
+        return _classify(adapted, self._function(_of_model(adapted), x))
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
+
+
+def _of_model(everything: Params) -> Params:
+    """The parameters without the classifier's."""
+    return {name: p for name, p in everything.items() if name not in (WEIGHT, BIAS)}
 
 
 def _classify(params: Params, h: Tensor) -> Tensor:

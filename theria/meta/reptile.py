@@ -58,7 +58,7 @@ class Reptile(GradientLearner):
     def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
         """theta_T, all parameters, by the model's own names."""
         initial, fixed = self._split(meta_params)
-        final = self.adjoint.solve(self._support_loss, initial, (fixed, x, y), self.inner, {}, steps)
+        final = self.adjoint.solve(self._support_loss, initial, self._context(fixed, x, y), self.inner, {}, steps)
         return {**fixed, **final}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:

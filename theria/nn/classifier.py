@@ -48,7 +48,10 @@ class TransformerClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C, H, W) -> (..., n_classes)."""
-        tokens = self.stem(x)
+        return self.after_stem(self.stem(x))
+
+    def after_stem(self, tokens: Tensor) -> Tensor:
+        """The tokens of the stem (..., N, d_model) -> (..., n_classes); see `theria.meta.functional.stages`."""
         if self.cls is None:
             return self.head(self.transformer(tokens).mean(-2))
         cls = self.cls.expand(*tokens.shape[:-2], 1, -1)
