@@ -112,6 +112,31 @@ def test_how_often_the_stem_runs(adapt: Any, calls: int) -> None:
     assert len(seen) == calls
 
 
+class Darker(TransformerClassifier):
+    """More than its stages."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / 2)
+
+
+@pytest.mark.parametrize("how", ["subclass", "instance", "hook"])
+def test_a_network_that_is_more_than_its_stages_is_called_whole(how: str) -> None:
+    model, x = network(), episode()
+    if how == "subclass":
+        model.__class__ = Darker
+    elif how == "instance":
+        whole = model.forward
+        model.forward = lambda x: whole(x / 2)
+    else:
+        model.register_forward_pre_hook(lambda _, given: (given[0] / 2,))
+    found = gradients(maml(model))
+    halved = maml(network())
+    loss = halved((x[0] / 2, x[1], x[2] / 2, x[3]))
+    names = dict(halved.named_parameters())
+    wanted = [loss, *torch.autograd.grad(loss, [names[name] for name in sorted(names)])]
+    assert difference(found, wanted) <= SAME
+
+
 def test_a_stem_that_normalises_by_the_batch_does_so_once() -> None:
     def learner(wrap: Callable[[Any], nn.Module]) -> Any:
         made = network()

@@ -92,9 +92,14 @@ def test_attention_with_layers_of_other_widths(widths):
     layer.double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     torch.testing.assert_close(layer(x), layer(x, x), rtol=EXACT, atol=EXACT)
-    layer.key = nn.Linear(8, 32 - sum(widths) + widths[1]).double()
+
+
+def test_attention_with_layers_that_do_not_fit():
+    """They are 24 wide together, as those that fit are."""
+    layer = MultiheadAttention(8, 2)
+    layer.query, layer.key = nn.Linear(8, 4), nn.Linear(8, 12)
     with pytest.raises(ValueError, match="one width D"):
-        layer(x)
+        layer(torch.randn(2, 5, 8))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from theria.curvature.second_order import at_least_float32
 from theria.meta.optimisers import Params
+from theria.nn.plain import is_plain
 
 T = TypeVar("T")
 STEM = "stem."
@@ -72,8 +73,13 @@ class _AfterStem(nn.Module):
 
 
 def has_stages(module: nn.Module) -> bool:
-    """Whether a module says how it works in two stages: `forward(x)` is `after_stem(stem(x))`."""
-    return isinstance(getattr(module, "stem", None), nn.Module) and callable(getattr(module, "after_stem", None))
+    """Whether a module works in two stages, `forward(x)` being `after_stem(stem(x))`.
+
+    The class that has `after_stem` says so, of its own `forward`: another one, of a subclass or of the instance, or a
+    hook on the module may do more.
+    """
+    owners = [next((c for c in type(module).__mro__ if name in vars(c)), None) for name in ("forward", "after_stem")]
+    return owners[0] is owners[1] and isinstance(getattr(module, "stem", None), nn.Module) and is_plain(module)
 
 
 def stages(module: nn.Module, batch_norm: str) -> tuple[Predictor, Predictor]:

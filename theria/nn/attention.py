@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
+from theria.nn.plain import is_plain
 from theria.ops import sdpa
 
 
@@ -40,8 +40,8 @@ class MultiheadAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """x (..., N, d_model), context (..., M, d_model), mask broadcastable to (..., H, N, M) -> (..., N, d_model)."""
         layers = (self.query, self.key, self.value)
-        if context is None and all(map(_is_plain, layers)):
-            widths = [layer.weight.shape[0] for layer in layers]  # other layers than this module's may be in their place
+        if context is None and all(map(_is_linear, layers)):
+            widths = [layer.weight.shape[0] for layer in layers]  # layers of others may be in their place
             q, k, v = map(self._heads, _side_by_side(layers, x).split(widths, -1))
         else:
             sources = (x, x, x) if context is None else (x, context, context)
@@ -57,12 +57,9 @@ class MultiheadAttention(nn.Module):
         return f"{self.d_model}, {self.n_heads}, backend={self.backend!r}, is_causal={self.is_causal}"
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and its bias and nothing else, such as hooks, a module put in its place or a
-    function put in the place of its own."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    hooked = hooks or _has_any_global_hook()
-    return type(layer) is nn.Linear and layer.bias is not None and not hooked and "forward" not in vars(layer)
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and its bias and nothing else."""
+    return type(layer) is nn.Linear and layer.bias is not None and is_plain(layer)
 
 
 def _side_by_side(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def test_a_derivative_is_refused() -> None:
         lambda: torch.func.grad(lambda a: matmul(a, b).sum())(a),
         lambda: torch.func.jvp(lambda b: matmul(a, b), (b,), (b,)),
     ):
-        with pytest.raises(NotImplementedError, match="no derivative.*detach it"):
+        with pytest.raises(NotImplementedError, match="no derivative"):
             derive()
     with torch.no_grad():
         assert torch.equal(matmul(a, required), matmul(a, b))
