@@ -110,7 +110,8 @@ class Plan:
 def _watched() -> bool:
     """Whether a profiler wants to be told of launches."""
     runtime: Any = knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 def _empty_strided(device: torch.device, shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,8 @@ def split(x, EXPONENT: constexpr) -> Any:
     """(hi, lo, factor) of the rows of ``x``; zeros are zeros, what is not finite gives NaN or an infinity."""
     LAST: constexpr = len(x.shape) - 1
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, LAST) >> 23  # biased exponents; a NaN has the highest
-    exponent = tl.minimum(tl.maximum(254 + EXPONENT - largest, 1), 253)  # that of 1 / factor, both normal numbers
+    exponent = tl.cast(254 + EXPONENT, tl.int32) - largest  # that of 1 / factor, both normal numbers
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     y = x * tl.expand_dims((exponent << 23).to(tl.float32, bitcast=True), LAST)
     hi = y.to(tl.float16)
     lo = (y - hi.to(tl.float32)).to(tl.float16)
