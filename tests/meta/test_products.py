@@ -130,8 +130,9 @@ def test_another_precision_is_another_step() -> None:
 def test_which_devices_have_them(
     device: str, capability: tuple[int, int], missing: str | None, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    limits = SimpleNamespace(missing=lambda: missing, min_compute_capability=(8, 0))
     monkeypatch.setattr(products, "compute_capability", lambda device: capability)
-    monkeypatch.setattr(products, "CAPABILITIES", {"triton": SimpleNamespace(missing=lambda: missing)})
+    monkeypatch.setattr(products, "CAPABILITIES", {"triton": limits})
     assert products.has_units(torch.device(device)) == has
 
 

@@ -52,7 +52,7 @@ def test_attention_to_itself_is_attention_to_a_context_of_itself():
         return [out, *first, *torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), parameters)]
 
     for a, b in zip(derivatives(layer(x)), derivatives(layer(x, x)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.parametrize("how", ["hook", "global hook", "no bias", "another module", "another function"])

@@ -87,7 +87,7 @@ def stages(module: nn.Module, batch_norm: str) -> tuple[Predictor, Predictor]:
     stem, rest = pure_function(module.stem, batch_norm), pure_function(_AfterStem(module), batch_norm)  # type: ignore[arg-type]
 
     def before(params: Params, x: Tensor) -> Tensor:
-        return stem({name[len(STEM) :]: p for name, p in params.items() if name.startswith(STEM)}, x)
+        return stem({name.removeprefix(STEM): p for name, p in params.items() if name.startswith(STEM)}, x)
 
     def after(params: Params, tokens: Tensor) -> Tensor:
         return rest({f"whole.{name}": p for name, p in params.items()}, tokens)
