@@ -123,6 +123,10 @@ def test_what_waits_for_the_device_cannot_be_recorded() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * float(x.sum())
 
+    torch.manual_seed(5)
+    drawn = torch.rand(2, device="cuda")
+    torch.manual_seed(5)
     with pytest.raises(RuntimeError, match="cannot be recorded"):
         CapturedStep(Waits())(torch.ones(2, device="cuda"))
-    assert torch.ones(2, device="cuda").sum().item() == 2.0  # the device goes on
+    assert torch.ones(2, device="cuda").sum().item() == 2.0  # the device goes on, and its random numbers
+    assert torch.equal(torch.rand(2, device="cuda"), drawn)

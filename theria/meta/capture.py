@@ -147,6 +147,9 @@ class _Recorded:
             with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.loss = run(episode, parameters)
         except RuntimeError as error:
+            # PyTorch leaves the device's generator as if it were still recorded, and its next number would raise.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
             raise RuntimeError(
                 "the step cannot be recorded as a CUDA graph: something in it waits for the device or draws on the "
                 "CPU. Solvers: check_every=None, throw=False. Dropout in attention: a seed tensor on the device. Or "
