@@ -100,6 +100,15 @@ def test_an_unknown_chip_gets_the_default_of_every_chip() -> None:
         assert lookup(Key(kernel, width, kind, False, 120)) == lookup(Key(kernel, width, kind, False, 86))
 
 
+def test_a_mask_lifts_the_limit_of_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes registers of its own, which a limit chosen without it would spill."""
+    tile = Tile(16, 32, 4, 2, most=168)
+    monkeypatch.setattr(tiles, "choose", lambda *_: tile)
+    assert select("jvp", frame(64, 64, 64, 64, torch.bfloat16)) == tile
+    for name in ("mask", "seed"):
+        assert select("jvp", frame(64, 64, 64, 64, torch.bfloat16, **{name: None})) == tile._replace(most=0)
+
+
 def test_an_override_holds_inside_and_ends_with_it() -> None:
     call, forced = frame(70, 70, 16, 16, torch.float32), Tile(16, 32, 2, 1)
     before = select("jvp", call)

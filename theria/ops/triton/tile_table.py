@@ -47,7 +47,7 @@ TABLE: dict[tuple[str, int, str, bool, int, int], tuple[Any, ...]] = {
     ("jvp", 16, "half", True, 90, 0): (64, 64, 4, 3, False, True),
     ("jvp", 32, "half", False, 90, 0): (64, 64, 4, 3, False, True),
     ("jvp", 32, "half", True, 90, 0): (64, 64, 4, 3, False, True),
-    ("jvp", 64, "half", False, 90, 0): (64, 64, 4, 3, False, True),
+    ("jvp", 64, "half", False, 90, 0): (64, 64, 4, 2, False, True, 168),
     ("jvp", 64, "half", True, 90, 0): (64, 64, 4, 3, False, True),
     ("jvp", 128, "half", False, 90, 0): (128, 64, 8, 3, False, True),
     ("jvp", 128, "half", True, 90, 0): (128, 64, 8, 3, False, True),

@@ -165,6 +165,7 @@ def key_of(kernel: str, frame: Any) -> Key:
 
 def with_room(tile: Tile, key: Key) -> Tile:
     """The tile of a call with a mask or dropout, which take registers and pass through shared memory."""
+    tile = tile._replace(most=0)
     if max(key.width, key.keys) < CROWDED[key.kind]:
         return tile
     if "dkv" in key.kernel or is_short(key.kernel):
