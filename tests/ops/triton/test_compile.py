@@ -94,6 +94,27 @@ def test_a_tile_that_is_too_large_is_found() -> None:
     assert good == ""
 
 
+PARTS = """
+import torch
+from theria.testing.compile import compile_launch
+from theria.testing.kernels import call, launches_go_to, make_problem, name_of
+import theria.ops.triton.jvp_jvp
+for kernel in ("jvp", "jvp_jvp"):
+    found = []
+    with launches_go_to(found.append):
+        call(kernel, make_problem((2, 2, 130, 130, 80, 48), torch.float32, False, "meta"))
+    for launch in found:
+        if name_of(launch) == "parts_kernel":
+            print("; ".join(compile_launch(launch, 90).faults()) or "ok")
+"""
+
+
+def test_operands_are_split_before_a_kernel() -> None:
+    """Rows and keys for the jvp; rows, keys and values for the mixed second tangent."""
+    done = run("-c", PARTS)
+    assert done.stdout.split() == ["ok"] * 5, done.stderr
+
+
 OVERWRITTEN = """
 import torch
 from theria.ops.triton.tiles import Tile

@@ -17,6 +17,7 @@ from theria.ops import reference
 from theria.ops.operands import Operands, Tangents
 from theria.ops.triton.hvp import hvp
 from theria.ops.triton.jvp import jvp
+from theria.ops.triton.jvp_jvp import GROUPS, OPERANDS
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.parts import SplitFrame, splits, with_parts
 
@@ -59,6 +60,27 @@ def test_extremes_are_held() -> None:
         )
     assert not ((hi + lo) * factors)[0, :2, 0].isfinite().any()
     assert torch.equal(((hi + lo) * factors)[0, 2], torch.ones(2, device=DEVICE).double())
+
+
+def test_an_operand_of_any_group_has_its_width_and_its_factors() -> None:
+    """The mixed second tangent has four operands of each width."""
+    ops, spec = call(*(make(2, rows, width) * scales(rows, 4) for rows, width in ((N, 5), (M, 5), (M, 19))))
+    given = {"tq": ops.q, "tk": ops.k, "tv": ops.v, "tq2": ops.q, "tk2": ops.k, "ttq": ops.q, "ttk": ops.k}
+    given |= {"tv2": ops.v, "ttv": ops.v}
+    tensors = {name: x * scales(x.shape[-2], 4) for name, x in given.items() if name != "tk2"}
+    frame = with_parts(Frame(ops, spec, **tensors), OPERANDS, GROUPS)
+    assert isinstance(frame, SplitFrame)
+    assert frame.parts.keys() == set(OPERANDS) - {"tk2"}
+    for group, names in GROUPS.items():
+        assert frame.factors[group].shape == (2, 256, 4)
+        for index, name in enumerate(names):
+            if name == "tk2":
+                assert (frame.factors[group][..., index] == 1).all()
+                continue
+            x = frame.tensors[name]
+            hi, lo = frame.parts[name].view(torch.float16).unflatten(-1, (2, -1)).double().unbind(-2)
+            back = (hi + lo)[..., : x.shape[-1]] * frame.factors[group][:, : x.shape[-2], index, None].double()
+            assert worst_row(back, x.double()) < 2.0**-22
 
 
 def test_what_heads_share_is_split_once() -> None:

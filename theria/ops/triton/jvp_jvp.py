@@ -10,7 +10,8 @@ from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
-from theria.ops.triton.products import product, score_product
+from theria.ops.triton.parts import factors, load_factors, with_parts
+from theria.ops.triton.products import load_operand, score_product, weighted_sum
 from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store
 from theria.ops.triton.tiles import select
@@ -46,13 +47,13 @@ def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S: constexpr):
 
 
 @triton.jit
-def _add(acc, weight, base, keep, col, call, strides, S: constexpr):
-    """acc + (R∘weight) v with the values or tangents of values at ``base``; ``acc`` where either is absent."""
-    if weight is None or base is None:
+def _add(acc, weight, v, strides, lead, col, call, of_values, INDEX: constexpr, keep, S: constexpr):
+    """acc + (R∘weight) v with values or tangents of values; ``acc`` where either is absent."""
+    if weight is None or v is None:
         return acc
     else:
-        v = load(base, col, call.M, strides, S.BLOCK_N, "E", S.EVEN_M, S)
-        return product(drop(weight, keep).to(v.dtype), v, acc, S)
+        v = load_operand(v, strides, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_values, INDEX, S)
+        return weighted_sum(drop(weight, keep), v, acc, S)
 
 
 @triton.jit
@@ -67,13 +68,14 @@ def _times(x, p):
 @triton.jit
 def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common, row, col, edge, S: constexpr):
     """One tile of keys: adds to (22) without its second term, and to rowsum(P∘X)."""
-    k_at, tk1_at, tk2_at, ttk_at = keys
-    v_at, tv1_at, tv2_at, ttv_at = values
+    k, tk1, tk2, ttk, key_factors = keys
+    v, tv1, tv2, ttv, value_factors = values
     mask, seed, strides, head, lead, call = common
-    k = load(at(k_at, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
-    tk1 = load(at(tk1_at, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
-    tk2 = load(at(tk2_at, strides.tk2, lead, S.VEC), col, call.M, strides.tk2, S.BLOCK_N, "D", S.EVEN_M, S)
-    ttk = load(at(ttk_at, strides.ttk, lead, S.VEC), col, call.M, strides.ttk, S.BLOCK_N, "D", S.EVEN_M, S)
+    of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
+    k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+    tk1 = load_operand(tk1, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
+    tk2 = load_operand(tk2, strides.tk2, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 2, S)
+    ttk = load_operand(ttk, strides.ttk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 3, S)
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
     p = probabilities(x, pivots[:, None], S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
@@ -82,30 +84,33 @@ def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common,
     w = _times(_curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S), p)
     if w is not None:
         sums += tl.sum(w, 1)
-    acc = _add(acc, w, at(v_at, strides.v, lead, S.VEC), keep, col, call, strides.v, S)
-    acc = _add(acc, _times(u1, p), at(tv2_at, strides.tv2, lead, S.VEC), keep, col, call, strides.tv2, S)
-    acc = _add(acc, _times(u2, p), at(tv1_at, strides.tv, lead, S.VEC), keep, col, call, strides.tv, S)
-    acc = _add(acc, p, at(ttv_at, strides.ttv, lead, S.VEC), keep, col, call, strides.ttv, S)
+    of_values = load_factors(value_factors, head, col, call.M, S.BLOCK_N)
+    acc = _add(acc, w, v, strides.v, lead, col, call, of_values, 0, keep, S)
+    acc = _add(acc, _times(u1, p), tv2, strides.tv2, lead, col, call, of_values, 2, keep, S)
+    acc = _add(acc, _times(u2, p), tv1, strides.tv, lead, col, call, of_values, 1, keep, S)
+    acc = _add(acc, p, ttv, strides.ttv, lead, col, call, of_values, 3, keep, S)
     return acc, sums
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
 def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, ttv, to,
-                   lse, tau1, tau2, strides, call, S: constexpr):  # fmt: skip
+                   lse, tau1, tau2, row_factors, key_factors, value_factors, strides, call,
+                   S: constexpr):  # fmt: skip
     """``to`` (*L, N, E), the mixed tangent, of one block of rows."""
     head, row = own_rows(call, S)
     lead = coordinates(head, call)
     if seed is not None:
         seed = tl.load(at(seed, strides.seed, lead, 1))
-    q_tile = load(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, S)
-    tq1_tile = load(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, S)
-    tq2_tile = load(at(tq2, strides.tq2, lead, S.VEC), row, call.N, strides.tq2, S.BLOCK_M, "D", S.EVEN_N, S)
-    ttq_tile = load(at(ttq, strides.ttq, lead, S.VEC), row, call.N, strides.ttq, S.BLOCK_M, "D", S.EVEN_N, S)
+    of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
+    q_tile = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
+    tq1_tile = load_operand(tq, strides.tq, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 1, S)
+    tq2_tile = load_operand(tq2, strides.tq2, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 2, S)
+    ttq_tile = load_operand(ttq, strides.ttq, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 3, S)
     pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), S)
     tau1_row = load_row(at_row(tau1, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
     tau2_row = load_row(at_row(tau2, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
-    keys = (k, tk, tk2, ttk)
-    values = (v, tv, tv2, ttv)
+    keys = (k, tk, tk2, ttk, key_factors)
+    values = (v, tv, tv2, ttv, value_factors)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
     sums = tl.zeros((S.BLOCK_M,), tl.float32)
@@ -118,6 +123,8 @@ def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, 
     store(at(to, strides.to, lead, S.VEC), acc, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
 
 
+GROUPS = {"rows": ("q", "tq", "tq2", "ttq"), "keys": ("k", "tk", "tk2", "ttk"), "values": ("v", "tv", "tv2", "ttv")}
+OPERANDS = tuple(name for group in GROUPS.values() for name in group)
 NAMES = ("q", "k", "v", "mask", "seed", "o", "tq", "tk", "tv", "tq2", "tk2", "tv2", "ttq", "ttk", "ttv", "to")
 
 
@@ -134,11 +141,12 @@ def jvp_jvp(
 ) -> Tensor:
     """tto; see :func:`theria.ops.reference.jvp_jvp`."""
     moved = {"tq": t1.q, "tk": t1.k, "tv": t1.v, "tq2": t2.q, "tk2": t2.k, "tv2": t2.v}
-    frame = Frame(ops, spec, o=o, **moved, ttq=t12.q, ttk=t12.k, ttv=t12.v)
+    frame = with_parts(Frame(ops, spec, o=o, **moved, ttq=t12.q, ttk=t12.k, ttv=t12.v), OPERANDS, GROUPS)
     tile = select("jvp_jvp", frame)
     rows = tuple(frame.rows(x) for x in (lse, tau1, tau2))
     tto = frame.new_output("to")
     tensors, strides, call, static = frame.describe(NAMES, tile)
+    parts = tuple(factors(frame, group) for group in GROUPS)
     programs = -(-frame.N // tile.rows) * frame.heads
-    launch(jvp_jvp_kernel, programs, frame, (*tensors, *rows, strides, call), static, tile)
+    launch(jvp_jvp_kernel, programs, frame, (*tensors, *rows, *parts, strides, call), static, tile)
     return tto

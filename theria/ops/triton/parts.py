@@ -7,7 +7,7 @@ as many bytes as x: what second order adds to memory is the size of its operands
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,13 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from theria.ops.triton import plans
-from theria.ops.triton.launch import LEADING, Frame, launch, precision
+from theria.ops.triton.launch import LEADING, WIDE_E, Frame, launch, precision
 from theria.ops.triton.products import OPERAND, split
 from theria.ops.triton.row_stats import PADDING
 from theria.ops.triton.tensors import Call, Static, Strides, at, constexpr, coordinates, load
 from theria.ops.triton.tiles import LEAST, Tile, power_of_two
 
-ROWS, KEYS = ("q", "tq", "do", "tdo"), ("k", "tk", "v", "tv")  # in the order of their factors
+Groups = Mapping[str, Sequence[str]]
+# Operands of as many rows, four of them, in the order of their factors. Those of the queries are "rows".
+GROUPS: Groups = {"rows": ("q", "tq", "do", "tdo"), "keys": ("k", "tk", "v", "tv")}
 COUNT = tl.constexpr(4)
 MULTIPLE = tl.constexpr(8)  # of columns: 16 bytes of fp16
 
@@ -44,12 +46,15 @@ def load_factors(factors, head, start, count, BLOCK: constexpr):
 
 
 @triton.jit
-def _split_rows(x, parts, factors, strides, places, lead, row, count, WIDTH: constexpr, S: constexpr):
+def _split_rows(
+    x, parts, factors, strides, places, lead, row, count, WIDTHS: constexpr, INDEX: constexpr, S: constexpr
+):
     """Split a block of rows of one tensor; the factors are 1 where it is absent or has ended."""
     rows = row + tl.arange(0, S.BLOCK_M)
     if x is None:
         tl.store(factors + rows * COUNT, rows * 0.0 + 1.0)
     else:
+        WIDTH: constexpr = WIDTHS[INDEX]
         SIZE: constexpr = (S.D + 7) // 8 * 8 if WIDTH == "D" else (S.E + 7) // 8 * 8
         BLOCK_W: constexpr = S.BLOCK_D if WIDTH == "D" else S.BLOCK_E
         x = load(at(x, strides, lead, S.VEC), row, count, strides, S.BLOCK_M, WIDTH, False, S)
@@ -65,8 +70,8 @@ def _split_rows(x, parts, factors, strides, places, lead, row, count, WIDTH: con
 
 @triton.jit(do_not_specialize=["strides", "places", "call", "count"])
 def parts_kernel(x0, x1, x2, x3, parts0, parts1, parts2, parts3, factors, strides, places, call, count,
-                 S: constexpr):  # fmt: skip
-    """The parts of a block of rows of up to four tensors, two of width D and two of width E.
+                 WIDTHS: constexpr, S: constexpr):  # fmt: skip
+    """The parts of a block of rows of up to four tensors; WIDTHS has a "D" or an "E" for each.
 
     Their factors are side by side, (*L, padded rows, 4). A tensor that several heads share is written by each of them,
     with the same bits.
@@ -77,24 +82,25 @@ def parts_kernel(x0, x1, x2, x3, parts0, parts1, parts2, parts3, factors, stride
     row = (tl.program_id(0) % blocks) * S.BLOCK_M
     lead = coordinates(head, call)
     factors += tl.cast(head, tl.int64) * padded * COUNT
-    _split_rows(x0, parts0, factors, strides[0], places[0], lead, row, count, "D", S)
-    _split_rows(x1, parts1, factors + 1, strides[1], places[1], lead, row, count, "D", S)
-    _split_rows(x2, parts2, factors + 2, strides[2], places[2], lead, row, count, "E", S)
-    _split_rows(x3, parts3, factors + 3, strides[3], places[3], lead, row, count, "E", S)
+    _split_rows(x0, parts0, factors, strides[0], places[0], lead, row, count, WIDTHS, 0, S)
+    _split_rows(x1, parts1, factors + 1, strides[1], places[1], lead, row, count, WIDTHS, 1, S)
+    _split_rows(x2, parts2, factors + 2, strides[2], places[2], lead, row, count, WIDTHS, 2, S)
+    _split_rows(x3, parts3, factors + 3, strides[3], places[3], lead, row, count, WIDTHS, 3, S)
 
 
 class SplitFrame(Frame):
     """A frame whose kernels are given the parts of what they multiply.
 
     Attributes:
-        factors: by "rows" and "keys", those of :data:`ROWS` and of :data:`KEYS` side by side.
+        factors: by the names of groups, those of their operands side by side.
     """
 
-    def __init__(self, frame: Frame, operands: Sequence[str]) -> None:
+    def __init__(self, frame: Frame, operands: Sequence[str], groups: Groups) -> None:
         vars(self).update(vars(frame))
         self.operands = operands
         self.parts: dict[str, Tensor] = {}
-        self.factors = {"rows": self._split(ROWS, self.N), "keys": self._split(KEYS, self.M)}
+        counts = {group: self.N if group == "rows" else self.M for group in groups}
+        self.factors = {group: self._split(names, counts[group]) for group, names in groups.items()}
 
     def _split(self, names: Sequence[str], count: int) -> Tensor:
         """Factors (*L, padded rows, 4) of the named tensors; their parts go to ``self.parts``."""
@@ -112,7 +118,8 @@ class SplitFrame(Frame):
         ]
         places = [None if x is None else _steps(x, MULTIPLE.value) for x in made]
         _, L1, L2, L3 = (1,) * (LEADING - len(self.lead)) + tuple(self.lead)
-        args = (*sources, *made, factors, tuple(row), tuple(places), call._replace(L1=L1, L2=L2, L3=L3), count)
+        widths = "".join("E" if name in WIDE_E else "D" for name in names)
+        args = (*sources, *made, factors, tuple(row), tuple(places), call._replace(L1=L1, L2=L2, L3=L3), count, widths)
         launch(parts_kernel, padded // tile.rows * self.heads, self, args, static, tile)
         return factors
 
@@ -155,11 +162,11 @@ def static_for(frame: Frame, static: Static) -> Static:
     return _with_parts(static) if splits(frame) else static
 
 
-def with_parts(frame: Frame, operands: Sequence[str]) -> Frame:
+def with_parts(frame: Frame, operands: Sequence[str], groups: Groups = GROUPS) -> Frame:
     """The frame to describe kernels with that load ``operands`` by ``load_operand``, and these alone."""
-    return SplitFrame(frame, operands) if splits(frame) and len(frame.lead) <= LEADING else frame
+    return SplitFrame(frame, operands, groups) if splits(frame) and len(frame.lead) <= LEADING else frame
 
 
-def factors(frame: Frame, side: str) -> Tensor | None:
-    """Those of the "rows" or the "keys" of a frame; None where operands are not split."""
-    return frame.factors[side] if isinstance(frame, SplitFrame) else None
+def factors(frame: Frame, group: str) -> Tensor | None:
+    """Those of the operands of a group; None where operands are not split."""
+    return frame.factors[group] if isinstance(frame, SplitFrame) else None

@@ -80,6 +80,7 @@ DEFAULTS = {
         ("float", 256): (16, 16, 8, 1),
     },
 }
+DEFAULTS["mixed"] = DEFAULTS["second"] | {("float", 32): (64, 16, 4, 1)}  # 32 rows spill: no wgmma for so few
 LEAST, LARGEST = 16, 256  # sides of a tile
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}  # one of each kind
@@ -131,7 +132,8 @@ def lookup(key: Key) -> Tile:
         side = max(key.keys, key.width)
         area = 1024 if key.kind == "float" else 2048 if side > 32 else 4096
         return Tile(min(max(area // side, LEAST), 64), key.keys, 8 if side > 64 else 4, 1)
-    order = "second" if key.kernel.startswith(("hvp", "jvp_jvp", "forward_jvp")) else "first"
+    second = key.kernel.startswith(("hvp", "forward_jvp"))
+    order = "mixed" if key.kernel == "jvp_jvp" else "second" if second else "first"
     kept, walked, warps, stages = DEFAULTS[order][key.kind, key.width]
     return Tile(walked, kept, warps, stages) if "dkv" in key.kernel else Tile(kept, walked, warps, stages)
 
