@@ -157,8 +157,7 @@ def task_curve(learner: Learner, copies: Sequence[Episode], steps: int) -> Tenso
     if axis == "context length":
         x, y = sequence(episode)
         return (learner.model.prefixes(x, y) - y).square().flatten(2).mean(2).T  # pyright: ignore
-    points = range(steps + 1) if axis == "inner steps" else [steps]
-    return torch.stack([task_metric(mean_prediction(learner, copies, point), episode.query_y) for point in points])
+    return torch.stack([task_metric(point, episode.query_y) for point in mean_predictions(learner, copies, steps)])
 
 
 def predict(learner: Learner, episode: Episode, steps: int) -> Tensor:
@@ -166,14 +165,22 @@ def predict(learner: Learner, episode: Episode, steps: int) -> Tensor:
     return learner.predict(episode, steps=steps) if takes_steps(learner) else learner.predict(episode)  # pyright: ignore
 
 
-def mean_prediction(learner: Learner, copies: Sequence[Episode], steps: int) -> Tensor:
-    """Of several copies the mean log-probability of each class, so that each copy has the same say; of one, its logits.
+def predictions(learner: Learner, episode: Episode, steps: int) -> Tensor:
+    """(P, T, Q, ...) predictions of the queries after 0 to `steps` inner steps; the one there is, without any."""
+    if takes_steps(learner):
+        return learner.predict_trajectory(episode, steps=steps)  # pyright: ignore
+    return predict(learner, episode, steps).unsqueeze(0)
+
+
+def mean_predictions(learner: Learner, copies: Sequence[Episode], steps: int) -> Tensor:
+    """`predictions`: of one copy its logits, of several the mean log-probability of each class, so that each has the
+    same say.
 
     The answer is that of the mean logits, which differ from it by one number a query.
     """
     if len(copies) == 1:
-        return predict(learner, copies[0], steps)
-    total = sum(predict(learner, copy, steps).log_softmax(-1) for copy in copies)
+        return predictions(learner, copies[0], steps)
+    total = sum(predictions(learner, copy, steps).log_softmax(-1) for copy in copies)
     return total / len(copies)  # pyright: ignore[reportReturnType]
 
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from experiments import attention_maps, health, pictures
 from experiments.capture import AUTOCAST
-from experiments.evaluation import metric_name, predict, task_metric
+from experiments.evaluation import metric_name, predictions, task_metric
 from experiments.learners import Learner, attributes, takes_steps
 from theria.curvature import extreme_eigenvalues, hvp, second_order
 from theria.data import Episode
@@ -160,8 +160,7 @@ def inner_curves(learner: Learner, episode: Episode, steps: int) -> Figures:
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, asked in sets.items():
-            for step in range(steps + 1):
-                prediction = predict(learner, asked, step)
+            for step, prediction in enumerate(predictions(learner, asked, steps)):
                 found[f"steps/{name}_loss_{step}"] = loss_fn(prediction, asked.query_y).mean()
                 if metric != "mse":
                     found[f"steps/{name}_{metric}_{step}"] = task_metric(prediction, asked.query_y).mean()

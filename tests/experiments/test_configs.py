@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -142,10 +145,25 @@ def test_what_anneals_follows_the_outer_steps(compose_config):
 @pytest.mark.parametrize("name", EVERY_EXPERIMENT)
 def test_an_experiment_begins_with_its_command(name):
     directive, command = lines_of(name)[:2]
-    assert directive == "# @package _global_"  # Hydra reads it on the first line only
+    assert directive == "# @package _global_"
     module, option = command.removeprefix("# python -m ").split()[:2]
     assert option == f"experiment={name}"
     assert importlib.util.find_spec(module)
+
+
+def test_hydra_reads_the_package_before_every_other_comment_only(tmp_path):
+    """Why the command is on the second line: on the first it makes of the experiment a group of its own."""
+    configs, name = tmp_path / "configs", "omniglot_20w1s_protomaml"
+    shutil.copytree(CONFIGS, configs)
+    path = configs / "experiment" / f"{name}.yaml"
+    store.register()
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        assert compose("train", [f"experiment={name}"]).task.ways == 20
+        directive, command, *rest = path.read_text().splitlines()
+        path.write_text("\n".join([command, directive, *rest]) + "\n")
+        with pytest.raises(HydraException, match=r"'learner@experiment\.learner'"):
+            compose("train", [f"experiment={name}"])
+    GlobalHydra.instance().clear()
 
 
 def test_the_committed_result_of_imaml_is_that_of_its_command():

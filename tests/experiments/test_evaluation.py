@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from experiments import build
 from experiments.config import Schedule, TrainerConfig
-from experiments.evaluation import estimate, task_metric
+from experiments.evaluation import Copies, estimate, mean_predictions, predict, task_curve, task_metric
 from experiments.trainer import learning_rate
+from theria.data import Augment
 
 EXACT = 1e-12  # float64 sums of a few terms
 
@@ -62,6 +64,39 @@ def test_result_is_over_the_episodes_asked_for(run_here, tmp_path):
     assert len(result.curve) == 4  # before adaptation, and after each of three steps
     assert result.before == result.curve[0]
     assert result.after == result.curve[-1]
+
+
+PARTS = "learner.adapt=[transformer,head]"  # and not the stem
+LEARNERS = {
+    "maml": ["learner=maml"],
+    "a fixed stem": ["learner=maml", PARTS],
+    "mixed mode": ["learner=maml", "adjoint=mixed_mode", "inner.momentum=0.9"],
+    "anil": ["learner=maml", "learner.adapt=[head]"],
+    "metasgd": ["learner=metasgd"],
+    "maml++": ["learner=maml_plus_plus"],
+    "imaml": ["learner=imaml", "adjoint=implicit"],
+    "reptile": ["learner=reptile"],
+    "cavia": ["learner=cavia"],
+    "proto_maml": ["learner=proto_maml", PARTS],
+    "protonet": ["learner=protonet"],
+}
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("options", LEARNERS.values(), ids=list(LEARNERS))
+def test_the_curve_is_of_an_adaptation_for_each_number_of_steps(compose_config, options, copies):
+    config = compose_config("task=digits", "model.n_layers=1", "inner=sgd", "inner.lr=0.3", "inner.steps=3", *options)
+    learner = build.build_learner(config).eval()
+    task = build.build_source(config, "test", tasks=2).sample(0)
+    tasks = Copies(Augment(shift=0.2), copies, seed=1).of(task, 0)
+    points = range(4) if "protonet" not in options[0] else [0]
+    with torch.no_grad():
+        each = [torch.stack([predict(learner, one, t) for t in points]) for one in tasks]
+        mean = each[0] if copies == 1 else sum(x.log_softmax(-1) for x in each) / copies
+        assert torch.equal(mean_predictions(learner, tasks, 3), mean)
+        wanted = torch.stack([task_metric(point, task.query_y) for point in mean])
+        assert torch.equal(task_curve(learner, tasks, 3), wanted)
+    assert points == [0] or not torch.allclose(mean[0], mean[-1])
 
 
 def test_the_batch_changes_no_figure(run_here, tmp_path):

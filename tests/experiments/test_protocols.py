@@ -13,7 +13,7 @@ from experiments import build, resume, store
 from experiments.config import DigitsConfig, EvaluateConfig, ProtocolKind
 from experiments.errors import UserError
 from experiments.evaluate import _task_of, evaluate_checkpoint
-from experiments.evaluation import Copies, Evaluation, curves, mean_prediction
+from experiments.evaluation import Copies, Evaluation, curves, mean_predictions
 from experiments.protocols import FixedTasks, OneShot, one_shot, wilson
 from theria.data import Augment, Episode, EpisodeSampler
 
@@ -143,11 +143,11 @@ class Linear(nn.Module):
 def test_the_mean_is_of_log_probabilities_and_answers_as_the_mean_of_logits():
     learner, tasks = Linear(), Copies(Augment(shift=0.2), 5, seed=1).of(episode(), 0)
     logits = torch.stack([learner.predict(task) for task in tasks])
-    mean = mean_prediction(learner, tasks, 0)  # pyright: ignore[reportArgumentType]
+    (mean,) = mean_predictions(learner, tasks, 0)  # pyright: ignore[reportArgumentType]
     product = logits.softmax(-1).prod(0) ** (1 / 5)  # the geometric mean of the probabilities
     assert torch.allclose(mean.exp(), product, rtol=1e-4)
     assert torch.equal(mean.argmax(-1), logits.mean(0).argmax(-1))
-    assert torch.equal(mean_prediction(learner, tasks[:1], 0), logits[0])  # pyright: ignore[reportArgumentType]
+    assert torch.equal(mean_predictions(learner, tasks[:1], 0), logits[:1])  # pyright: ignore[reportArgumentType]
 
 
 def test_an_evaluation_averages_over_its_copies():

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.functional import cross_entropy, mse_loss
 
-from theria.meta import ANIL, FOMAML, MAML, SGD, MixedMode, Unrolled
+from theria.meta import ANIL, FOMAML, MAML, SGD, Adjoint, FirstOrder, MixedMode, Truncated, Unrolled
 from theria.meta.cavia import CAVIA, ExtraInputs, FiLM
 from theria.meta.imaml import IMAML
 from theria.meta.implicit_adjoint import Identity, Implicit
@@ -154,6 +155,46 @@ def test_inner_steps_are_chosen_where_there_are_any(learner: Learner, name: str,
     torch.testing.assert_close(learner.predict(episode, steps=learner.steps), after, rtol=EXACT, atol=EXACT)
     with pytest.raises(ValueError, match="steps=-1"):
         learner.predict(episode, steps=-1)
+
+
+def test_a_trajectory_is_a_prediction_after_each_number_of_steps(learner: Learner, name: str, episode: Episode) -> None:
+    points = range(1 if name in CLOSED_FORM else learner.steps + 1)
+    for tasks in (episode, tuple(field[0] for field in episode)):
+        wanted = torch.stack([learner.predict(tasks, steps=None if name in CLOSED_FORM else t) for t in points])
+        found = learner.predict_trajectory(tasks)
+        assert torch.equal(found, wanted)
+        assert found.shape == (len(points), *tasks[3].shape, 3)
+        assert all(not torch.allclose(a, b) for a, b in pairwise(found))
+        with torch.no_grad():
+            assert torch.equal(learner.predict_trajectory(tasks), wanted)
+        parameters = list(learner.parameters())
+        for a, b in zip(*(torch.autograd.grad(x.square().sum(), parameters) for x in (found, wanted)), strict=True):
+            torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
+    with pytest.raises(ValueError, match="closed form" if name in CLOSED_FORM else "steps=-1"):
+        learner.predict_trajectory(episode, steps=-1)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [Unrolled(), Unrolled(2), MixedMode(), FirstOrder(), Truncated(2), Implicit(), Identity()],
+    ids=lambda adjoint: repr(adjoint).lower(),
+)
+def test_an_evaluation_of_the_trajectory_adapts_once_and_keeps_no_graph(adjoint: Adjoint, episode: Episode) -> None:
+    calls = []
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        return cross_entropy(prediction, target)
+
+    learner, task = IMAML(network(), loss, SGD(0.4), 5, adjoint), tuple(field[0] for field in episode)
+    with torch.no_grad():
+        wanted = torch.stack([learner.predict(task, steps=t) for t in range(6)])
+        anew, calls[:] = len(calls), []
+        found = learner.predict_trajectory(task)
+    assert torch.equal(found, wanted)
+    assert not found.requires_grad
+    assert 5 <= len(calls) <= 10  # a gradient a step, and what an adjoint looks at before it
+    assert len(calls) < anew
 
 
 def _support(episode: Episode) -> Episode:

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import grad
+from torch.func import grad, jvp
 from torch.nn.functional import cross_entropy, mse_loss
 
 from theria.meta import MAML, SGD, Adjoint, FirstOrder, Higher, MixedMode, Unrolled
 from theria.meta.cavia import CAVIA
-from theria.meta.implicit_adjoint import Implicit
+from theria.meta.implicit_adjoint import Identity, Implicit
 from theria.meta.maml import MetaSGD
 from theria.meta.maml_plus_plus import MAMLPlusPlus, multi_step_weights
 from theria.meta.optimisers import Adam, InnerOptimiser
 from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2, ridge_regression
 from theria.meta.reptile import Reptile
-from theria.meta.solvers import CG
+from theria.meta.solvers import CG, MINRES
 from theria.meta.trajectory import trajectory
 from theria.meta.truncated import Truncated
 from theria.nn import MLP
@@ -195,6 +195,26 @@ def test_a_trajectory_is_a_solve_of_each_length(adjoint, inner) -> None:
     walked = outer(lambda p, x, h: trajectory(adjoint, loss, p, x, inner, h, 3))
     solved = outer(lambda p, x, h: [adjoint.solve(loss, p, x, inner, h, t) for t in (1, 2, 3)])
     torch.testing.assert_close(walked, solved, rtol=CLOSED, atol=CLOSED)
+
+
+@pytest.mark.parametrize("adjoint", [Truncated(1), Implicit(MINRES()), Identity(0.1)], ids=named)
+def test_a_trajectory_is_differentiated_as_its_adjoint_says_under_no_grad_too(adjoint) -> None:
+    """`torch.func` differentiates inside of it; only without a derivative are the steps taken one by one."""
+    p, x = {"w": torch.randn(3, dtype=torch.float64)}, torch.randn(5, 3, dtype=torch.float64)
+
+    def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (x @ p["w"] - 1).square().sum()
+
+    def outer(walk):
+        return lambda x: torch.stack([q["w"].pow(3).sum() for q in walk(x)]).sum()
+
+    walked = outer(lambda x: trajectory(adjoint, loss, p, x, SGD(0.02), {}, 3))
+    solved = outer(lambda x: [adjoint.solve(loss, p, x, SGD(0.02), {}, t) for t in (1, 2, 3)])
+    with torch.no_grad():
+        assert torch.equal(walked(x), solved(x))
+        assert grad(walked)(x).abs().max() > 0
+        assert torch.equal(grad(walked)(x), grad(solved)(x))
+        assert torch.equal(jvp(walked, (x,), (x.sin(),))[1], jvp(solved, (x,), (x.sin(),))[1])
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,22 @@ def test_how_often_the_stem_runs(adapt: Any, calls: int) -> None:
     assert len(seen) == calls
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+def test_the_trajectory_of_a_staged_network(name: str) -> None:
+    """The figures of an adaptation for each number of steps; a fixed stem runs once for each set."""
+    if name == "higher":
+        pytest.importorskip("higher")
+    model, seen = network(None if name.startswith("proto") else WAYS), []
+    learner = LEARNERS[name](model)
+    with torch.no_grad():
+        wanted = torch.stack([learner.predict(episode(), steps=t) for t in range(learner.steps + 1)])
+        model.stem.register_forward_hook(lambda *_: seen.append(1))
+        found = learner.predict_trajectory(episode())
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found[0], found[-1])
+    assert len(seen) == 2 * (1 if learner._vmappable else TASKS)
+
+
 class Darker(TransformerClassifier):
     """More than its stages."""
 

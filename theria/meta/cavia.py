@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theria.meta.adjoint import Adjoint, Unrolled
+from theria.meta.adjoint import Adjoint, Context, InnerLoss, Unrolled
 from theria.meta.checks import check_count
 from theria.meta.functional import Predictor
 from theria.meta.learner import GradientLearner, LossFn
@@ -51,17 +51,22 @@ class CAVIA(GradientLearner):
             raise ValueError("the model has no parameters: CAVIA learns them, and adapts the context only")
         return {"context": next(iter(theta.values())).detach().new_zeros(self.n_context)}
 
-    def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
+    def _problem(
+        self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[InnerLoss, Params, Context, Params]:
         def loss(context: Params, others: tuple[Params, Tensor, Tensor]) -> Tensor:
             theta, x, y = others
             return self._loss(lambda: self._function(theta, x, context["context"]), y, "support set")
 
         theta = self._theta(meta_params)
-        hyper = self._hyper(meta_params)
-        return self._solve(loss, self._start(theta), (theta, x, y), hyper, steps)
+        return loss, self._start(theta), (theta, x, y), {}
 
-    def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return self._function(self._theta(meta_params), x, adapted["context"])
+    @property
+    def _stages(self) -> tuple[Predictor, Predictor]:
+        return lambda params, x: x, self._function  # what follows a stem takes no context
+
+    def _output(self, model: Predictor, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
+        return model(self._theta(meta_params), x, adapted["context"])
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)

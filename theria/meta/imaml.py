@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from theria.curvature.second_order import second_order
-from theria.meta.adjoint import Adjoint
+from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.checks import Adapt, check_positive, check_stationary
 from theria.meta.constant import constant, plain_gradient
 from theria.meta.functional import Predictor
@@ -81,15 +81,11 @@ class IMAML(GradientLearner):
         proximity = torch.stack([(p - theta[name]).square().sum() for name, p in params.items()]).sum()
         return self._support_loss(params, (fixed, data, y)) + self.strength / 2 * proximity
 
-    def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
-        """phi_T, all parameters, by the model's own names."""
+    def _problem(
+        self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[InnerLoss, Params, Context, Params]:
         theta, fixed = self._split(meta_params)
-        hyper = self._hyper(meta_params)
-        final = self._solve(self._inner_loss, theta, (*self._context(fixed, x, y), theta), hyper, steps)
-        return {**fixed, **final}
-
-    def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return self._function(adapted, x)
+        return self._inner_loss, theta, (*self._context(fixed, x, y), theta), fixed
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         adapted = self._adapt(meta_params, sx, sy, self.steps)

@@ -2,11 +2,11 @@
 
 A class here is abstract or final. `Learner` runs episodes; a learner says in three methods what it makes of a task
 (`_adapt`), what that predicts (`_predict`), and what its outer loss is (`_task_loss`). `GradientLearner` adds what
-those that take gradient steps have in common.
+those that take gradient steps have in common: they say what the inner problem of a task is (`_problem`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from theria.meta.checks import (
 )
 from theria.meta.functional import STEM, Predictor, has_stages, pure_function, stages
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
+from theria.meta.trajectory import trajectory
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -131,6 +132,35 @@ class Learner(nn.Module, ABC):
 
         return self._over_tasks(task_prediction, episode, batched)
 
+    def predict_trajectory(self, episode: Any, *, steps: int | None = None, batched: bool | None = None) -> Tensor:
+        """Predictions for the queries after 0, 1, .. `steps` inner steps: (steps + 1, [T,] Q, ...).
+
+        Each is `predict` with so many steps, but for the draws of dropout. Learners that take inner steps adapt once,
+        and hold the parameters after one step at a time; of one in closed form there is one prediction.
+
+        Args:
+            steps: the largest number of inner steps; None for that of the learner.
+
+        Raises:
+            ValueError: a negative number of steps, or any for a learner that takes none.
+        """
+        meta_params, steps = dict(self.named_parameters()), self._steps(steps)
+
+        def task_predictions(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
+            predict = second_order(self._predictor(meta_params, qx))
+            return torch.stack([predict(adapted) for adapted in self._trajectory(meta_params, sx, sy, steps)])
+
+        predictions = self._over_tasks(task_predictions, episode, batched)
+        return predictions.movedim(1, 0) if is_batched(episode, batched) else predictions
+
+    def _trajectory(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Iterator[Params]:
+        """What `_adapt` returns for 0, 1, .. `steps` inner steps."""
+        return (self._adapt(meta_params, x, y, t) for t in range(steps + 1))
+
+    def _predictor(self, meta_params: Mapping[str, Tensor], x: Tensor) -> Callable[[Params], Tensor]:
+        """`_predict` of the same x by one thing that `_adapt` returned after another."""
+        return lambda adapted: self._predict(meta_params, adapted, x)
+
     def _theta(self, meta_params: Mapping[str, Tensor]) -> Params:
         """The model's parameters by its own names."""
         return {name: meta_params[full] for full, name in self._names.items()}
@@ -215,9 +245,45 @@ class GradientLearner(Learner):
             kind: {name: meta_params[f"rates.{kind}.{as_key(name)}"] for name in self.adapted} for kind in self.rates
         }
 
-    def _solve(self, loss: InnerLoss, start: Params, context: Context, hyper: Hyper, steps: int) -> Params:
+    @abstractmethod
+    def _problem(
+        self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[InnerLoss, Params, Context, Params]:
+        """Of a task: its inner loss, where the steps begin, what else the loss reads, and what `_adapt` returns with
+        the parameters that were adapted."""
+
+    def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
         """The start after so many inner steps. Unadapted it is itself, not what an implicit adjoint takes it for."""
-        return self.adjoint.solve(loss, start, context, self.inner, hyper, steps) if steps else start
+        loss, start, context, fixed = self._problem(meta_params, x, y)
+        if not steps:
+            return {**fixed, **start}
+        hyper = self._hyper(meta_params)
+        return {**fixed, **self._adjoint.solve(loss, start, context, self.inner, hyper, steps)}
+
+    def _trajectory(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Iterator[Params]:
+        """One adaptation, looked at after every step."""
+        loss, start, context, fixed = self._problem(meta_params, x, y)
+        yield {**fixed, **start}
+        for adapted in trajectory(self._adjoint, loss, start, context, self.inner, self._hyper(meta_params), steps):
+            yield {**fixed, **adapted}
+
+    def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
+        return self._output(self._function, meta_params, adapted, x)
+
+    def _predictor(self, meta_params: Mapping[str, Tensor], x: Tensor) -> Callable[[Params], Tensor]:
+        """The stem is evaluated once where nothing of it is adapted."""
+        before, after = self._stages
+        data = second_order(before)(self._theta(meta_params), x)
+        return lambda adapted: self._output(after, meta_params, adapted, data)
+
+    def _output(self, model: Predictor, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
+        """Predictions by the whole model, or by its second stage of the outputs of the first."""
+        return model(adapted, x)
+
+    @property
+    def _adjoint(self) -> Adjoint:
+        """How the inner solution is differentiated now."""
+        return self.adjoint
 
     def _split(self, meta_params: Mapping[str, Tensor]) -> tuple[Params, Params]:
         """The model's parameters that the inner steps change, and the others."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from theria.meta.adjoint import Adjoint, FirstOrder, Unrolled
+from theria.meta.adjoint import Adjoint, Context, FirstOrder, InnerLoss, Unrolled
 from theria.meta.checks import Adapt, check_start
 from theria.meta.functional import Predictor
 from theria.meta.learner import GradientLearner, LossFn
@@ -69,15 +69,11 @@ class MAML(GradientLearner):
         self._choose(adapt)
         check_start(self.adjoint, learned=self._learns_more)
 
-    def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
-        """theta_T, all parameters, by the model's own names."""
+    def _problem(
+        self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[InnerLoss, Params, Context, Params]:
         initial, fixed = self._split(meta_params)
-        hyper = self._hyper(meta_params)
-        final = self._solve(self._support_loss, initial, self._context(fixed, x, y), hyper, steps)
-        return {**fixed, **final}
-
-    def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return self._function(adapted, x)
+        return self._support_loss, initial, self._context(fixed, x, y), fixed
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)

@@ -10,8 +10,7 @@ from theria.meta.adjoint import Adjoint, Context, FirstOrder, InnerLoss, Unrolle
 from theria.meta.checks import Adapt, check_epochs, check_start, check_steps, check_weights
 from theria.meta.functional import Predictor
 from theria.meta.learner import GradientLearner, LossFn
-from theria.meta.optimisers import SGD, Hyper, InnerOptimiser, Params
-from theria.meta.trajectory import trajectory
+from theria.meta.optimisers import SGD, InnerOptimiser, Params
 
 
 class MAMLPlusPlus(GradientLearner):
@@ -66,34 +65,24 @@ class MAMLPlusPlus(GradientLearner):
     def set_extra_state(self, state: int) -> None:
         self.epoch = state
 
-    def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
-        """theta_T, all parameters, by the model's own names."""
+    def _problem(
+        self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[InnerLoss, Params, Context, Params]:
         initial, fixed = self._split(meta_params)
-        hyper = self._hyper(meta_params)
-        final = self._solve(self._support_loss, initial, self._context(fixed, x, y), hyper, steps)
-        return {**fixed, **final}
-
-    def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return self._function(adapted, x)
+        return self._support_loss, initial, self._context(fixed, x, y), fixed
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         weights = self.weights or multi_step_weights(self.steps, self.epoch, self.multi_step_epochs)
         if not any(weights[:-1]):  # the path is not needed
             return weights[-1] * self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
-        initial, fixed = self._split(meta_params)
-        context, hyper = self._context(fixed, sx, sy), self._hyper(meta_params)
-        path = trajectory(self._now(), self._support_loss, initial, context, self.inner, hyper, self.steps)
+        path = self._trajectory(meta_params, sx, sy, self.steps)
         losses = [
-            v * self._query_loss(meta_params, {**fixed, **theta}, qx, qy)
-            for v, theta in zip(weights, path, strict=True)
-            if v
+            v * self._query_loss(meta_params, theta, qx, qy) for v, theta in zip([0, *weights], path, strict=True) if v
         ]
         return torch.stack(losses).sum()
 
-    def _solve(self, loss: InnerLoss, start: Params, context: Context, hyper: Hyper, steps: int) -> Params:
-        return self._now().solve(loss, start, context, self.inner, hyper, steps) if steps else start
-
-    def _now(self) -> Adjoint:
+    @property
+    def _adjoint(self) -> Adjoint:
         """How this epoch differentiates the inner loop."""
         return FirstOrder() if self.epoch < self.first_order_epochs else self.adjoint
 

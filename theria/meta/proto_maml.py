@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theria.curvature.second_order import second_order
-from theria.meta.adjoint import Adjoint, Unrolled
+from theria.meta.adjoint import Adjoint, Context, InnerLoss, Unrolled
 from theria.meta.checks import Adapt, check_count, check_every_class, check_start, select
 from theria.meta.functional import Predictor, in_full, one_hot
 from theria.meta.learner import GradientLearner, LossFn
@@ -90,9 +90,10 @@ class ProtoMAML(GradientLearner):
         chosen = select([*initial, *head], adapt)
         self._learn_rates({name: {**initial, **head}[name] for name in chosen})
 
-    def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
-        """theta_T, all parameters of the model by its own names, and the classifier's."""
-        theta, hyper = self._theta(meta_params), self._hyper(meta_params)
+    def _problem(
+        self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[InnerLoss, Params, Context, Params]:
+        theta = self._theta(meta_params)
         before, after = self._stages
         data = second_order(before)(theta, x)
         h = second_order(after)(theta, data)
@@ -101,8 +102,7 @@ class ProtoMAML(GradientLearner):
         # (`Higher`) would get the total derivative, through the prototypes too, where a step takes the partial one.
         start = {name: everything[name].view_as(everything[name]) for name in self.adapted}
         fixed = {name: p for name, p in everything.items() if name not in start}
-        context = (fixed, data if self._embeds_each_step else h, y)
-        return {**fixed, **self._solve(self._support_loss, start, context, hyper, steps)}
+        return self._support_loss, start, (fixed, data if self._embeds_each_step else h, y), fixed
 
     def _prototype_head(self, h: Tensor, y: Tensor) -> Params:
         """The linear classifier of the class means of h (S, d)."""
@@ -123,8 +123,8 @@ class ProtoMAML(GradientLearner):
 
         return self._loss(logits, y, "support set")
 
-    def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return _classify(adapted, self._function(_of_model(adapted), x))
+    def _output(self, model: Predictor, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
+        return _classify(adapted, model(_of_model(adapted), x))
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)

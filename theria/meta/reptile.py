@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theria.meta.adjoint import FirstOrder
+from theria.meta.adjoint import Context, FirstOrder, InnerLoss
 from theria.meta.checks import check_positive
 from theria.meta.constant import constant
 from theria.meta.functional import Predictor
@@ -55,14 +55,11 @@ class Reptile(GradientLearner):
         self.alpha = check_positive("alpha", getattr(self.inner, "lr", None) if alpha is None else alpha, _ALPHA)
         self.use_queries = use_queries
 
-    def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
-        """theta_T, all parameters, by the model's own names."""
+    def _problem(
+        self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[InnerLoss, Params, Context, Params]:
         initial, fixed = self._split(meta_params)
-        final = self.adjoint.solve(self._support_loss, initial, self._context(fixed, x, y), self.inner, {}, steps)
-        return {**fixed, **final}
-
-    def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return self._function(adapted, x)
+        return self._support_loss, initial, self._context(fixed, x, y), fixed
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         x, y = (torch.cat([sx, qx]), torch.cat([sy, qy])) if self.use_queries else (sx, sy)
