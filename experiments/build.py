@@ -215,7 +215,7 @@ def build_copies(config: Config, number: int, seed: int | None = None) -> Copies
     if augment.is_identity:
         raise UserError(f"test_augment={number}: every bound of the run's task.augment is 0: needed is 1")
     seed = (config.seed if seed is None else seed) * SEED_STRIDE + len(SUBSETS)
-    return Copies(augment, number, seed)
+    return Copies(augment, number, seed, isinstance(config.task, OmniglotConfig) and config.task.symmetries)
 
 
 def build_dataset(task: FewShotConfig, subset: str) -> ClassDataset:

@@ -11,6 +11,7 @@ from torch import Tensor
 from experiments.learners import Learner, sequence, takes_steps
 from experiments.tracking import json_value
 from theria.data import Augment, Episode, TaskSource
+from theria.data.classes import SYMMETRIES, symmetry
 from theria.data.draws import Draws
 from theria.meta.distributed import ALONE, Processes
 from theria.nn import InContextRegressor
@@ -108,20 +109,25 @@ class Copies:
         augment: how a copy is deformed: every image of it, support and queries, by draws of its own.
         number: of copies, the task as it is among them.
         seed: with the number of the batch and of the copy, determines the deformations.
+        symmetries: the copies also go through the eight symmetries of the square, each whole task under one of them,
+            for a network that was trained on classes under all eight.
     """
 
     augment: Augment
     number: int
     seed: int
+    symmetries: bool = False
 
     def of(self, episode: Episode, batch: int) -> list[Episode]:
         """The episode, and `number` - 1 deformed copies of it."""
-        return [episode, *(self._deformed(episode, batch * self.number + i) for i in range(1, self.number))]
+        return [episode, *(self._deformed(episode, batch, i) for i in range(1, self.number))]
 
-    def _deformed(self, episode: Episode, step: int) -> Episode:
-        draws = Draws(self.seed, step)
+    def _deformed(self, episode: Episode, batch: int, copy: int) -> Episode:
+        draws = Draws(self.seed, batch * self.number + copy)
+        turn = copy % SYMMETRIES if self.symmetries else 0
         support_x, query_x = (
-            self.augment(x.flatten(0, 1), draws).view_as(x) for x in (episode.support_x, episode.query_x)
+            symmetry(self.augment(x.flatten(0, 1), draws), turn).reshape(x.shape)
+            for x in (episode.support_x, episode.query_x)
         )
         return episode._replace(support_x=support_x, query_x=query_x)
 

@@ -9,7 +9,7 @@ from experiments import build
 from experiments.config import Schedule, TrainerConfig
 from experiments.evaluation import Copies, estimate, mean_predictions, predict, task_curve, task_metric
 from experiments.trainer import learning_rate
-from theria.data import Augment
+from theria.data import Augment, Episode
 
 EXACT = 1e-12  # float64 sums of a few terms
 
@@ -97,6 +97,31 @@ def test_the_curve_is_of_an_adaptation_for_each_number_of_steps(compose_config, 
         wanted = torch.stack([task_metric(point, task.query_y) for point in mean])
         assert torch.equal(task_curve(learner, tasks, 3), wanted)
     assert points == [0] or not torch.allclose(mean[0], mean[-1])
+
+
+def test_copies_go_through_the_symmetries_of_the_square():
+    support, query = torch.rand(2, 3, 1, 4, 4), torch.rand(2, 5, 1, 4, 4)
+    labels = torch.zeros(2, 3), torch.zeros(2, 5)
+    episode = Episode(support, labels[0], query, labels[1])
+    copies = Copies(Augment(), 9, seed=1, symmetries=True).of(episode, 0)
+    for name, x in (("support_x", support), ("query_x", query)):
+        seen = [getattr(copy, name) for copy in copies]
+        assert torch.equal(seen[1], x.transpose(-2, -1).flip(-2))  # a quarter counter-clockwise
+        assert torch.equal(seen[2], x.flip(-2, -1))
+        assert torch.equal(seen[4], x.flip(-1))
+        assert torch.equal(seen[7], x.transpose(-2, -1))
+        assert torch.equal(seen[8], x)
+        assert len({tuple(image.flatten().tolist()) for image in seen}) == 8
+        as_they_are = Copies(Augment(), 9, seed=1).of(episode, 0)
+        assert all(torch.equal(getattr(copy, name), x) for copy in as_they_are)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_they_do_where_the_classes_of_training_did(compose_config, trained):
+    config = compose_config("experiment=omniglot_small1_prototransformer", f"task.symmetries={str(trained).lower()}")
+    copies = build.build_copies(config, 2)
+    assert copies is not None
+    assert copies.symmetries is trained
 
 
 def test_the_batch_changes_no_figure(run_here, tmp_path):

@@ -10,6 +10,16 @@ from torch import Tensor
 
 _ROTATIONS = ("", "@90", "@180", "@270")
 _MIRRORED = " mirrored"
+SYMMETRIES = 8  # of the square
+
+
+def symmetry(images: Tensor, index: int) -> Tensor:
+    """Square images (..., H, H) under one of the eight symmetries of the square, in the order of `with_symmetries`.
+
+    Turned counter-clockwise by `index` % 4 quarters, and from 4 on then mirrored, left and right exchanged.
+    """
+    turned = images.rot90(index % 4, (-2, -1))
+    return turned if index < 4 else turned.flip(-1)
 
 
 class ClassDataset:
@@ -120,7 +130,7 @@ class ClassDataset:
         class stays in the group of the class that it came from.
         """
         self._check_square("with_rotations")
-        turned = torch.cat([self.images.rot90(quarter, (-2, -1)) for quarter in range(4)])
+        turned = torch.cat([symmetry(self.images, quarter) for quarter in range(4)])
         names = [name + suffix for suffix in _ROTATIONS for name in self.names]
         return ClassDataset(turned, self.counts.repeat(4), names, self.groups * 4)
 
