@@ -295,4 +295,4 @@ class EvaluateConfig:
     tasks: int = 20  # tasks evaluated at once
     device: str = "auto"  # auto: cuda where there is one | cpu | cuda
     root: str | None = None  # folder of Omniglot where it is not that of the run
-    run_dir: str = MISSING  # where evaluation.json is written
+    run_dir: str = MISSING  # where evaluation_<tasks>.json is written; the run's own folder is one

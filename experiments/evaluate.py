@@ -3,10 +3,12 @@
 python -m experiments.evaluate checkpoint=outputs/default/<date_time> episodes=2000 subset=test
 python -m experiments.evaluate checkpoint=... protocol=one_shot             Omniglot's official within-alphabet test
 python -m experiments.evaluate checkpoint=... ways=20 test_augment=16       other tasks, 16 copies of each averaged
+python -m experiments.evaluate checkpoint=outputs/mine ways=5 shots=5 run_dir=outputs/mine     written beside the run
 torchrun --nproc-per-node=4 -m experiments.evaluate ...    the same figures, the episodes shared by four processes
 """
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,27 @@ from experiments.config import (
     ProtocolKind,
     TaskConfig,
 )
+from experiments.config_learner import LearnerKind
 from experiments.evaluation import Copies, Evaluation, evaluate
 from experiments.learners import Learner, takes_steps
 from experiments.protocols import OneShot
+from experiments.trainer import memory_record
 from theria.meta.distributed import ALONE, Processes
+from theria.testing.machine import machine
 
+STEPLESS = (LearnerKind.protonet, LearnerKind.r2d2, LearnerKind.incontext)
 TIMEOUT = 600.0  # seconds that a process waits for another
 
 
 def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processes = ALONE) -> Evaluation | OneShot:
-    """Rebuild the learner from its checkpoint, evaluate it, write `run_dir`/evaluation.json.
+    """Rebuild the learner from its checkpoint, evaluate it, write `run_dir`/evaluation_<tasks>.json.
+
+    <tasks> is one_shot, or such as test_5w1s; a number follows where there is that file already: none is overwritten.
 
     Raises:
         errors.UserError: no readable checkpoint, or settings that its run cannot be evaluated with.
     """
+    begun = time.monotonic()
     _check(settings)
     path, state = checkpoint.find(Path(settings.checkpoint))
     run = _run_of(settings, state["config"])
@@ -49,9 +58,48 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processe
     if ranks.is_first:
         print(f"{path}, step {state['step']}")
         print(figures.text() + (build.chance(_task_of(settings, run)) if isinstance(figures, Evaluation) else ""))
-        record = {"checkpoint": str(path), "step": state["step"], **figures.record()}
-        (run_dir / "evaluation.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+        record = {"checkpoint": str(path), "step": state["step"], **_tasks(settings, run)}
+        record |= {"seconds": round(time.monotonic() - begun, 1), **memory_record(build.device(run))}
+        record |= {**figures.record(), "machine": machine()}
+        print(f"written to {_write(run_dir, record)}")
     return figures
+
+
+def _tasks(settings: EvaluateConfig, run: Config) -> dict[str, Any]:
+    """What is evaluated, as JSON values."""
+    task, official = run.task, settings.protocol is ProtocolKind.one_shot
+    if official:
+        ways, shots = protocols.WAYS, 1
+    else:
+        task = _task_of(settings, run)
+        ways, shots = task.ways if isinstance(task, FewShotConfig) else None, getattr(task, "shots", None)
+    return {
+        "protocol": settings.protocol.value,
+        "task": task.name,
+        "ways": ways,
+        "shots": shots,
+        "queries": 1 if official else task.queries,
+        "inner_steps": None if run.learner.kind in STEPLESS else _inner_steps(run),
+        "seed": run.seed if settings.seed is None else settings.seed,
+        "tasks": settings.tasks,
+    }
+
+
+def _write(run_dir: Path, record: dict[str, Any]) -> Path:
+    """A new file, named after the tasks: others may be written at the same time."""
+    name = "one_shot"
+    if record["protocol"] != name:
+        ways = "" if record["ways"] is None else f"{record['ways']}w"
+        name = f"{record['subset']}_{ways}{record['shots']}s"
+    path, number = run_dir / f"evaluation_{name}.json", 1
+    while True:
+        try:
+            with path.open("x") as file:
+                file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
+            return path
+        except FileExistsError:
+            number += 1
+            path = run_dir / f"evaluation_{name}_{number}.json"
 
 
 def _check(settings: EvaluateConfig) -> None:
@@ -134,8 +182,11 @@ def _learner(settings: EvaluateConfig, run: Config, learned: dict[str, Any], way
 
 
 def _options(run: Config, ranks: Processes) -> dict[str, Any]:
-    steps = run.inner.steps if run.inner.eval_steps is None else run.inner.eval_steps
-    return {"steps": steps, "alive": lambda: None, "processes": ranks}
+    return {"steps": _inner_steps(run), "alive": lambda: None, "processes": ranks}
+
+
+def _inner_steps(run: Config) -> int:
+    return run.inner.steps if run.inner.eval_steps is None else run.inner.eval_steps
 
 
 @hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="evaluate")

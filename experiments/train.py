@@ -45,7 +45,7 @@ from experiments import (
 from experiments.config import Config, FewShotConfig, LinearRegressionConfig
 from experiments.evaluation import Evaluation
 from experiments.interrupt import SignalWatch
-from experiments.trainer import Parts, Trainer, peak_memory
+from experiments.trainer import Parts, Trainer, memory_record
 from theria.meta.distributed import ALONE, LostProcess, Processes
 from theria.testing.machine import machine
 
@@ -125,9 +125,8 @@ def _run(trainer: Trainer, command: str) -> Evaluation:
 def _report(trainer: Trainer, result: Evaluation, command: str) -> None:
     """results.json, the pictures, and the lines that end a run."""
     parts = trainer.parts
-    memory = {name.split("/")[1]: round(value) for name, value in peak_memory(trainer.parameters[0].device).items()}
     record = {"command": command, "seed": parts.config.seed, "step": trainer.step}
-    record |= {"seconds": round(trainer.elapsed, 1), **memory}
+    record |= {"seconds": round(trainer.elapsed, 1), **memory_record(trainer.parameters[0].device)}
     record |= {**result.record(), "machine": machine()}
     (parts.run_dir / "results.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if trainer.trainer.pictures:

@@ -332,3 +332,8 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         found["system/peak_cuda_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
     return found
+
+
+def memory_record(device: torch.device) -> dict[str, int]:
+    """`peak_memory` for results.json: by names without a group, whole MiB."""
+    return {name.split("/")[1]: round(value) for name, value in peak_memory(device).items()}

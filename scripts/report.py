@@ -2,7 +2,7 @@
 
     python scripts/report.py RUN_DIR [RUN_DIR ...] --out report.html
 
-A RUN_DIR is what a run or an evaluation wrote into (run_dir=...): metrics.jsonl, results.json or evaluation.json,
+A RUN_DIR is what a run or an evaluation wrote into (run_dir=...): metrics.jsonl, results.json or evaluation_*.json,
 run.json, config.yaml, pictures/. What a run did not record is a gap on the page that says what records it.
 """
 

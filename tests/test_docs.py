@@ -187,6 +187,8 @@ HOW: dict[str, Check] = {
     ),
     # tests/experiments/test_processes.py evaluates a real run
     ".venv/bin/python -m experiments.evaluate checkpoint=outputs/mine": names("experiments/evaluate.py"),
+    ".venv/bin/python -m experiments.evaluate checkpoint=outputs/mine ways=5 shots=5 episodes=10000 tasks=250 "
+    "run_dir=outputs/mine": names("experiments/evaluate.py"),  # tests/experiments/test_protocols.py, in small
     "bash scripts/train.sh experiment=omniglot_maml task.root=OMNIGLOT_FOLDER": composes(
         "experiment=omniglot_maml", "task.root=OMNIGLOT_FOLDER"
     ),

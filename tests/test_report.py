@@ -182,9 +182,11 @@ def test_an_evaluation_belongs_to_its_run(made: Reporter, tmp_path: Path) -> Non
     folder.mkdir()
     record = {"checkpoint": str(run / "checkpoints/step_00000100.pt"), "step": 100, "metric": "accuracy"}
     record |= {"subset": "test", "mean": 0.9622, "ci95": 0.0007, "episodes": 50000, "curve": []}
-    (folder / "evaluation.json").write_text(json.dumps(record))
+    (folder / "evaluation_test_5w1s.json").write_text(json.dumps(record))
+    (folder / "evaluation_test_5w5s.json").write_text(json.dumps(record | {"ways": 5, "shots": 5, "mean": 0.9911}))
     page = check(made(folder, run))
     assert "96.22 % ± 0.07" in page.text
+    assert "evaluation of step 100: test, 5-way 5-shot99.11 % ± 0.07" in page.text
     assert "evaluation of step 100: test" in page.text
     assert ">evaluation<" not in made(folder, run)  # no run of its own
     alone = check(made(folder))
@@ -199,7 +201,7 @@ def test_the_official_test_has_its_own_interval(made: Reporter, tmp_path: Path) 
     assert "1.25 % wrong (0.54 to 2.88)" in check(made(run)).text
     folder.mkdir()
     later = {**record, "error": 0.02, "checkpoint": str(run), "step": 90}
-    (folder / "evaluation.json").write_text(json.dumps(later))
+    (folder / "evaluation_one_shot.json").write_text(json.dumps(later))
     page = check(made(folder, run))
     assert "1.25 % wrong" in page.text
     assert (
@@ -310,7 +312,7 @@ def test_names_with_special_characters_stay_text(made: Reporter, tmp_path: Path)
     ("arguments", "said"),
     [
         (["nowhere"], "nowhere: no such folder; needed is the directory of a run"),
-        (["empty"], "empty: holds no metrics.jsonl, results.json or evaluation.json that can be read"),
+        (["empty"], "empty: holds no metrics.jsonl, results.json or evaluation_*.json that can be read"),
         (["run", "--labels", "a", "b"], "--labels has 2 names for 1 run directories"),
         (["run", "--out", "run"], "run: Is a directory; needed is a file that can be written"),
     ],

@@ -27,7 +27,7 @@ class Run:
     Attributes:
         rows: the lines of metrics.jsonl, in order.
         results: of results.json.
-        evaluations: of each evaluation.json that belongs to the run.
+        evaluations: of each evaluation_*.json that belongs to the run.
         parts: of run.json: command, commit and machine of each start of the run.
     """
 
@@ -128,8 +128,8 @@ def read_run(folder: Path) -> Run:
     run = Run(folder)
     run.rows = _rows(folder / "metrics.jsonl", run.notes)
     run.results = _object(folder / "results.json", run.notes)
-    evaluation = _object(folder / "evaluation.json", run.notes)
-    run.evaluations = [evaluation] if evaluation else []
+    found = (_object(path, run.notes) for path in sorted(folder.glob("evaluation*.json")))
+    run.evaluations = [evaluation for evaluation in found if evaluation]
     parts = _object(folder / "run.json", run.notes).get("parts", [])
     run.parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
     run.config, run.config_text = _config(folder / "config.yaml", run.notes)
@@ -137,8 +137,8 @@ def read_run(folder: Path) -> Run:
     if not (run.rows or run.results or run.evaluations):
         found = f" ({'; '.join(run.notes)})" if run.notes else ""
         raise ReportError(
-            f"{folder}: holds no metrics.jsonl, results.json or evaluation.json that can be read{found}; needed is the "
-            "directory of a run that has logged at least one line"
+            f"{folder}: holds no metrics.jsonl, results.json or evaluation_*.json that can be read{found}; needed is "
+            "the directory of a run that has logged at least one line"
         )
     return run
 

@@ -64,7 +64,7 @@ def _comparison(runs: Sequence[Run]) -> str:
         for evaluation in run.evaluations:
             official = evaluation.get("protocol") == "one_shot"
             name = f"evaluation of step {evaluation.get('step', '?')}: "
-            name += ONE_SHOT if official else str(evaluation.get("subset", "test"))
+            name += ONE_SHOT if official else _tasks(evaluation)
             figures = _one_shot(evaluation) if official else _figures(evaluation, run)
             rows.append(["", escape(name), *figures, *[""] * 5])
     text = "The figure on the test classes with its 95 % interval over the episodes; before: without adaptation."
@@ -80,6 +80,13 @@ def _figures(values: dict[str, Any], run: Run) -> list[str]:
         unfinished = estimate({"mean": value, "ci95": half, "metric": run.metric})
         return [f"not finished<br>validation {unfinished}" if value is not None else "not recorded", MISSING, MISSING]
     return [f"<b>{estimate(values)}</b>", f"{episodes:,.0f}" if episodes else MISSING, before]
+
+
+def _tasks(evaluation: dict[str, Any]) -> str:
+    """The subset and, where they are recorded, the sizes of its tasks."""
+    sizes = {"way": number(evaluation, "ways"), "shot": number(evaluation, "shots")}
+    text = " ".join(f"{size:g}-{name}" for name, size in sizes.items() if size)
+    return ", ".join(filter(None, [str(evaluation.get("subset", "test")), text]))
 
 
 def _one_shot(values: Any) -> list[str]:

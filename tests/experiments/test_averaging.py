@@ -173,7 +173,7 @@ def test_evaluating_a_checkpoint_takes_the_average(run_here, tmp_path):
     (tmp_path / "out").mkdir()
     settings = EvaluateConfig(checkpoint=str(tmp_path / "run"), episodes=8, tasks=4, run_dir="unused")
     evaluate_checkpoint(settings, tmp_path / "out")
-    assert json.loads((tmp_path / "out/evaluation.json").read_text())["mean"] == result.after.mean
+    assert json.loads((tmp_path / "out/evaluation_test_5s.json").read_text())["mean"] == result.after.mean
 
 
 def test_a_checkpoint_that_is_written_during_an_evaluation_holds_both(run_here, tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def test_multirun_then_evaluate(process, tiny, tmp_path):
     again = process("experiments.evaluate", "checkpoint=sweep/0", "episodes=8", "tasks=4", "run_dir=evaluation")
     assert again.returncode == 0, again.stderr
     assert told in again.stdout  # the same tasks, the same parameters, the same figures
-    assert (tmp_path / "evaluation/evaluation.json").exists()
+    assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["evaluation_test_5s.json"]  # and no .hydra
     wrong = process("experiments.evaluate", "checkpoint=sweep/0", "subset=tset")
     assert wrong.returncode == 2
     assert "train, val, test" in wrong.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from scipy.stats import binomtest
 from torch import nn
 
-from experiments import build, resume, store
+from experiments import build, checkpoint, resume, store
 from experiments.config import DigitsConfig, EvaluateConfig, ProtocolKind
 from experiments.errors import UserError
 from experiments.evaluate import _task_of, evaluate_checkpoint
@@ -267,7 +268,47 @@ def evaluated(run_dir, out, **settings) -> tuple[Evaluation | OneShot, dict]:
     out.mkdir()
     options = EvaluateConfig(**{"checkpoint": str(run_dir), "run_dir": str(out), "device": "cpu", **settings})
     result = evaluate_checkpoint(options, out)
-    return result, json.loads((out / "evaluation.json").read_text())
+    (written,) = out.iterdir()
+    return result, json.loads(written.read_text())
+
+
+def test_proto_maml_is_evaluated_at_other_ways_and_shots_each_in_a_file_of_its_own(run_here, tmp_path):
+    """Trained at 20 ways and 1 shot; beside it, the learner with its parameters built for those tasks."""
+    run = tmp_path / "run"
+    options = ["task=glyphs", "task.ways=20", "task.shots=1", "task.queries=2", "task.tasks=2", "trainer.val_every=0"]
+    options += ["model=transformer_patch", "model.d_model=8", "model.n_heads=2", "model.n_layers=1", "inner.steps=2"]
+    options += ["learner=proto_maml", "learner.adapt=[transformer,head]", "inner.lr=0.1", "inner.learn_lr=true"]
+    run_here(run, *options, "trainer.lr=0.1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    saved = checkpoint.find(run)[1]
+    asked = [{}, {"ways": 5}, {"shots": 5}, {"ways": 5, "shots": 5}, {"ways": 5, "shots": 5, "seed": 3}]
+    means = set()
+    for sizes in asked:
+        options = EvaluateConfig(checkpoint=str(run), run_dir=str(run), device="cpu", episodes=6, tasks=3, **sizes)
+        result = evaluate_checkpoint(options, run)
+        config = store.from_container(saved["config"])
+        config.task = replace(config.task, **{key: value for key, value in sizes.items() if key != "seed"})
+        learner = build.build_learner(config)
+        learner.load_state_dict(saved["learner"])
+        source = build.build_source(config, "test", tasks=3, seed=sizes.get("seed"))
+        figures, _ = curves(learner.eval(), source, episodes=6, steps=2, alive=quiet)
+        assert isinstance(result, Evaluation)
+        assert [point.mean for point in result.curve] == figures.mean(1).tolist()
+        means.add(result.after.mean)
+    assert len(means) == len(asked)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    written = {path.name: json.loads(path.read_text()) for path in run.glob("evaluation*.json")}
+    names = ["test_20w1s", "test_5w1s", "test_20w5s", "test_5w5s", "test_5w5s_2"]
+    assert written.keys() == {f"evaluation_{name}.json" for name in names}
+    record = written["evaluation_test_5w5s_2.json"]
+    wanted = {"protocol": "episodes", "ways": 5, "shots": 5, "seed": 3, "step": 6, "episodes": 6, "metric": "accuracy"}
+    assert wanted.items() <= record.items()
+    results = json.loads((run / "results.json").read_text())
+    assert record.keys() >= results.keys() - {"command"}  # mean, ci95, machine, seconds, peak memory and the rest
+    assert record["inner_steps"] == 2
+    assert record["seconds"] >= 0
+    assert record["peak_memory_mb"] > 0
+    assert written["evaluation_test_20w1s.json"]["seed"] == 0
 
 
 def test_a_run_records_the_official_test_and_its_checkpoint_gives_the_same(run_here, tmp_path, omniglot_root):
