@@ -67,6 +67,9 @@ def candidates(key: Key) -> list[Tile]:
         return [Tile(rows, keys, warps, 1) for rows, keys, warps in ROW_SUM_BLOCKS]
     if is_short(key.kernel):
         side = [Tile(rows, key.keys, warps, 1) for rows, warps in product(SHORT_ROWS[key.keys], (1, 2, 4, 8))]
+        if key.keys > 64:  # blocks of rows, which load ahead
+            side = [tile._replace(stages=2) for tile in side]
+            side += [tile._replace(split=True) for tile in side]
         least = 64 if key.kind == "float" or key.width >= 128 else 256
         return [tile for tile in side if least <= tile.rows * tile.keys // tile.warps <= 2048]
     tiles = [Tile(*block) for block in BLOCKS[key.kind, max(key.width, 64)]]

@@ -112,7 +112,7 @@ def test_every_kernel_has_candidates_of_its_own(tune: ModuleType) -> None:
         tiles = tune.candidates(key)
         assert len(tiles) == len(set(tiles)) > 3
         assert all(tile.keys == key.keys for tile in tiles) or not is_short(key.kernel)
-        assert "dkv" in key.kernel or not any(tile.split for tile in tiles)
+        assert "dkv" in key.kernel or key.keys > 64 or not any(tile.split for tile in tiles)
 
 
 def test_accuracy_is_in_units_of_what_is_allowed(tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

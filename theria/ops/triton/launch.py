@@ -225,6 +225,7 @@ def _describe(
         ROW_D=_common_row([layout for layout in operands if layout[0] not in WIDE_E]),
         ROW_E=_common_row([layout for layout in operands if layout[0] in WIDE_E]),
         HELD=tile.held,
+        APART=tile.split,
         GROUPED=grouped,
     )
     return Strides(**strides), call, static

@@ -133,14 +133,20 @@ def _each_key(PACK: constexpr, S: constexpr):
 def load_row(pointer, head, row, other, call, PACK: constexpr, S: constexpr):
     """A row statistic as (1, rows) or (heads, 1, rows); ``other`` where there is no row."""
     rows = _each_row(row, PACK, S)
-    return tl.load(at_row(pointer, head, call) + rows, mask=(rows < call.N) & (head >= 0), other=other)
+    if S.EVEN_N:
+        return tl.load(at_row(pointer, head, call) + rows)
+    else:
+        return tl.load(at_row(pointer, head, call) + rows, mask=(rows < call.N) & (head >= 0), other=other)
 
 
 @triton.jit
 def store_row(pointer, x, head, row, call, PACK: constexpr, S: constexpr):
     """Write a row statistic, given as :func:`load_row` gives it."""
     rows = _each_row(row, PACK, S)
-    tl.store(at_row(pointer, head, call) + rows, x, mask=(rows < call.N) & (head >= 0))
+    if S.EVEN_N:
+        tl.store(at_row(pointer, head, call) + rows, x)
+    else:
+        tl.store(at_row(pointer, head, call) + rows, x, mask=(rows < call.N) & (head >= 0))
 
 
 @triton.jit

@@ -77,18 +77,6 @@ def _launch(kernel: Any, name: str, frame: Frame, names: tuple[str, ...], rows: 
     launch(kernel, programs, frame, (*tensors, *rows, strides, call, frame.heads, pack, flat, one), static, tile)
 
 
-def _launch_second(frame: Frame, lse: Tensor, tau: Tensor, grouped: bool) -> None:
-    """jvp with hvp: in one launch, or tO with tdV and then tdQ with tdK (15 products) where the tile says so."""
-    written = frame.tensors
-    parts = (("dq", "dk"), ("to", "dv")) if select("second_short", frame).split else ((),)
-    for absent in parts:
-        frame.tensors = {name: x for name, x in written.items() if name not in absent}
-        if {"to", "dq", "dk"} & frame.tensors.keys():
-            rows = frame.rows(lse), tau if "to" in frame.tensors else None
-            _launch(second_short_kernel, "second_short", frame, SECOND_NAMES, rows, grouped)
-    frame.tensors = written
-
-
 def vjp_short(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes):
     """dq, dk, dv, None; see :func:`theria.ops.reference.vjp`."""
     del o
@@ -113,7 +101,7 @@ def jvp_hvp_short(
     frame = Frame(ops, spec, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo)
     to, tau = frame.new_output("to"), frame.new_rows()
     out, grouped = _cotangents(frame, shapes)
-    _launch_second(frame, lse, tau, grouped)
+    _launch(second_short_kernel, "second_short", frame, SECOND_NAMES, (frame.rows(lse), tau), grouped)
     return to, tau, *map(frame.finish, out, shapes[:3]), None
 
 

@@ -29,7 +29,14 @@ def _weights(q, k, lse, mask, strides, lead, head, row, call, PACK: constexpr, S
     """Pᵀ (2) of a block of rows; exactly 0 in rows that do not exist."""
     pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), S)
     x = scaled_scores(q, k, mask, strides, lead, row, call, PACK, S)
-    return probabilities(x, pivots, S)
+    p = probabilities(x, pivots, S)
+    if S.PRECISION == "ieee":
+        return p
+    else:
+        # Σ P of a row is 1 up to the rounding of lse and of exp2; times what the keys of a row have in common in dP or
+        # tS, this is what (6) and (13), where only differences count, would be off by.
+        total = row_sum(p)
+        return p / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -70,6 +77,16 @@ def _store_rows(pointer, x, strides, lead, row, call, WIDTH: constexpr, PACK: co
     elif BLOCK_W >= 64 and not S.SPLIT:
         x = transposed(x)
     store(at(pointer, strides, lead, S.VEC), x, row, call.N, strides, S.BLOCK_M, WIDTH, S.EVEN_N, PACK, S)
+
+
+@triton.jit
+def _store_keys(dk, dv, acc_k, acc_v, strides, lead, call, PACK: constexpr, S: constexpr):
+    """Write what the keys have gathered, where it is wanted."""
+    if dk is not None:
+        x = acc_k * call.scale
+        store(at(dk, strides.dk, lead, S.VEC), x, 0, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    if dv is not None:
+        store(at(dv, strides.dv, lead, S.VEC), acc_v, 0, call.M, strides.dv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
 
 
 @triton.jit
@@ -186,36 +203,59 @@ def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, to
                                   first, 0, call, PACK, FLAT, S)  # fmt: skip
     else:
         for i in range(0, count):
+            head = first
+            row = i * S.BLOCK_M
+            if S.GROUPED:
+                head = first + i // blocks
+                row = (i % blocks) * S.BLOCK_M
             acc_k, acc_v = _vjp_block(acc_k, acc_v, k_tile, v_tile, q, do, dq, dk, dv, lse, mask, seed, strides,
-                                      first + i // blocks, (i % blocks) * S.BLOCK_M, call, PACK, FLAT, S)  # fmt: skip
-    if dk is not None:
-        x = acc_k * call.scale
-        store(at(dk, strides.dk, lead, S.VEC), x, 0, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    if dv is not None:
-        store(at(dv, strides.dv, lead, S.VEC), acc_v, 0, call.M, strides.dv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+                                      head, row, call, PACK, FLAT, S)  # fmt: skip
+    _store_keys(dk, dv, acc_k, acc_v, strides, lead, call, PACK, S)
+
+
+@triton.jit
+def _second_pass(k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, first, blocks, count,
+                 call, PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
+    """What is wanted of (10)-(18), in one walk over the rows."""
+    acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
+    if ONE:
+        acc_k, acc_v = _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed,
+                                     strides, first, 0, call, PACK, FLAT, S)  # fmt: skip
+    else:
+        # What the compiler would take out of this loop are addresses, some thirty registers of them.
+        for i in tl.range(0, count, disable_licm=True):
+            head = first
+            row = i * S.BLOCK_M
+            if S.GROUPED:
+                head = first + i // blocks
+                row = (i % blocks) * S.BLOCK_M
+            acc_k, acc_v = _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask,
+                                         seed, strides, head, row, call, PACK, FLAT, S)  # fmt: skip
+    lead = coordinates(first, call, FLAT)
+    _store_keys(dk, dv, acc_k, acc_v, strides, lead, call, PACK, S)
 
 
 @triton.jit(do_not_specialize=["strides", "call", "total"])
 def second_short_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, to, dq, dk, dv, lse, tau, strides, call, total,
                         PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
-    """All of (10)-(18) for the heads of one program."""
+    """All of (10)-(18) for the heads of one program.
+
+    With S.APART in two walks over the rows, tO with tdV and then tdQ with tdK: 15 products instead of 12, and the
+    registers of one accumulator.
+    """
     first, blocks, count = _program(total, call, PACK, S)
     lead = coordinates(first, call, FLAT)
-    k_tile = load_operand(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    v_tile = load_operand(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
-    tk_tile = load_operand(at(tk, strides.tk, lead, S.VEC), 0, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    tv_tile = load_operand(at(tv, strides.tv, lead, S.VEC), 0, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
-    acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
-    if ONE:
-        acc_k, acc_v = _second_block(acc_k, acc_v, k_tile, v_tile, tk_tile, tv_tile, q, do, tq, tdo, to, dq, dk, dv,
-                                     lse, tau, mask, seed, strides, first, 0, call, PACK, FLAT, S)  # fmt: skip
+    k = load_operand(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    v = load_operand(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+    tk = load_operand(at(tk, strides.tk, lead, S.VEC), 0, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
+    tv = load_operand(at(tv, strides.tv, lead, S.VEC), 0, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+    if not S.APART:
+        _second_pass(k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, first, blocks, count,
+                     call, PACK, FLAT, ONE, S)  # fmt: skip
     else:
-        for i in range(0, count):
-            acc_k, acc_v = _second_block(acc_k, acc_v, k_tile, v_tile, tk_tile, tv_tile, q, do, tq, tdo, to, dq, dk,
-                                         dv, lse, tau, mask, seed, strides, first + i // blocks,
-                                         (i % blocks) * S.BLOCK_M, call, PACK, FLAT, S)  # fmt: skip
-    if dk is not None:
-        x = acc_k * call.scale
-        store(at(dk, strides.dk, lead, S.VEC), x, 0, call.M, strides.dk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
-    if dv is not None:
-        store(at(dv, strides.dv, lead, S.VEC), acc_v, 0, call.M, strides.dv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
+        if to is not None or dv is not None:
+            _second_pass(k, v, tk, tv, q, do, tq, tdo, to, None, None, dv, lse, tau, mask, seed, strides, first, blocks,
+                         count, call, PACK, FLAT, ONE, S)  # fmt: skip
+        if dq is not None or dk is not None:
+            _second_pass(k, v, tk, tv, q, do, tq, tdo, None, dq, dk, None, lse, tau, mask, seed, strides, first, blocks,
+                         count, call, PACK, FLAT, ONE, S)  # fmt: skip

@@ -84,6 +84,7 @@ class Static:
             constant it saves some thirty registers a thread.
         HELD: left operands that a loop does not change stay in registers.
         SPLIT: float32 operands are pairs of fp16 parts (:mod:`theria.ops.triton.products`).
+        APART: a short kernel walks over the rows once for each of its two accumulators.
         GROUPED: sum the cotangents of keys and values over the last leading dimension (grouped queries).
     """
 
@@ -102,6 +103,7 @@ class Static:
     ROW_E: int = 0
     HELD: bool = False
     SPLIT: bool = False
+    APART: bool = False
     GROUPED: bool = False
 
     def __post_init__(self) -> None:

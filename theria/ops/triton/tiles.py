@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
-    split: bool = False  # cotangents of keys and of values by two launches: fewer accumulators a program
+    split: bool = False  # what keys and values gather one after the other, in two launches or walks: fewer accumulators
     held: bool = False  # left operands that a loop does not change stay in registers (half precision)
     most: int = 0  # registers of a thread at most, so that a multiprocessor has room for more programs; 0 for any
 
