@@ -78,12 +78,13 @@ def install(environments: Path, name: str) -> None:
 
 
 def measured(command: list[str], timeout: float, cwd: Path | None = None, **variables: str) -> dict[str, Any]:
-    """The JSON object that a program prints last, or {"failed": why}. It sees none of this Python's own variables.
+    """The JSON object that a program prints last, or {"failed": why}. Another Python sees none of this one's variables.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than `timeout` seconds.
     """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    own = () if command[0] == sys.executable else ("PYTHON", "VIRTUAL_ENV")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(own)}
     environment = {**kept, "PYTHONWARNINGS": "ignore", **variables}
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments import compare, compare_row
+from experiments.compare import environments
 from theria.testing import difference
 
 TINY = ["--ways", "2", "--queries", "1", "--tasks", "2", "--steps", "2", "--layers", "1", "--width", "16"]
@@ -129,6 +130,15 @@ def test_where_a_library_is_looked_for(tmp_path):
     assert compare.interpreter(tmp_path, "higher") == own
     assert compare.interpreter(None, "theria") == Path(sys.executable)
     assert compare.interpreter(tmp_path, "a_library_that_nobody_has") is None
+
+
+def test_a_library_on_the_path_of_this_python_is_no_other_pythons(tmp_path, monkeypatch):
+    (tmp_path / "a_library.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "python").symlink_to(sys.executable)
+    program = ["-c", "import a_library; print('{}')"]
+    assert environments.measured([sys.executable, *program], 60) == {}
+    assert "No module named 'a_library'" in environments.measured([str(tmp_path / "python"), *program], 60)["failed"]
 
 
 def test_the_large_shape_is_that_of_the_published_figures():
