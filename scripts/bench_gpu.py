@@ -145,8 +145,21 @@ def repeatability(shape: Shape, causal: bool, repeats: int = 100) -> dict[str, A
     return {"section": "repeatability", "shape": list(shape), "causal": causal, "repeats": repeats, "equal": same}
 
 
+class Nothing(torch.autograd.Function):
+    """What PyTorch itself takes for a call with gradients, from a Function in Python that does nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        return ctx.saved_tensors
+
+
 def host_cost(shape: Shape = (1, 1, 16, 16), calls: int = 200) -> dict[str, Any]:
-    """Microseconds of the host per call with gradients: the forward, the backward."""
+    """Microseconds of the host per call with gradients: the forward, the backward; those of `Nothing`."""
     inputs = make_inputs(shape, BF16)
     x = [a.requires_grad_() for a in inputs.x]
 
@@ -161,9 +174,11 @@ def host_cost(shape: Shape = (1, 1, 16, 16), calls: int = 200) -> dict[str, Any]
         return statistics.median(times)
 
     attend, theirs = partial(sdpa, *x, backend="triton"), partial(scaled_dot_product_attention, *x)
-    out = attend()
-    backward = per_call(lambda: torch.autograd.grad(out, x, inputs.do, retain_graph=True))
-    costs = {"forward_us": per_call(attend), "backward_us": backward, "pytorch_forward_us": per_call(theirs)}
+    nothing = partial(Nothing.apply, *x)
+    costs = {"forward_us": per_call(attend), "pytorch_forward_us": per_call(theirs), "nothing_us": per_call(nothing)}
+    for name, run in (("backward_us", attend), ("nothing_backward_us", nothing)):
+        out = run()
+        costs[name] = per_call(lambda out=out: torch.autograd.grad(out, x, inputs.do, retain_graph=True))
     return {"section": "host", "shape": list(shape)} | costs
 
 
@@ -198,8 +213,10 @@ def describe(row: dict[str, Any]) -> str:
     if row["section"] == "repeatability":
         return f"{row['shape']}: {row['repeats']} repeats {'equal' if row['equal'] else 'DIFFER'}"
     if row["section"] == "host":
-        forward, theirs = row["forward_us"], row["pytorch_forward_us"]
-        return f"forward {forward:.0f} µs (PyTorch {theirs:.0f}), backward {row['backward_us']:.0f} µs"
+        figures = ("forward_us", "pytorch_forward_us", "nothing_us", "backward_us", "nothing_backward_us")
+        forward, theirs, nothing, backward, engine = (f"{row[name]:.0f}" for name in figures)
+        forwards = f"forward {forward} µs (PyTorch {theirs}, a Function that does nothing {nothing})"
+        return f"{forwards}, backward {backward} µs (a Function that does nothing {engine})"
     graph = f", graph {row['graph_ms']:.3f}" if "graph_ms" in row else ""
     return f"{row['candidate']} {row['ms']:.3f}{graph} ({row['tflops']:.0f} T, {row['error']:.0e})"
 
