@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import compare, compare_row
-from experiments.compare import environments
+from experiments.compare import environments  # pyright: ignore[reportAttributeAccessIssue]
 from theria.testing import difference
 
 TINY = ["--ways", "2", "--queries", "1", "--tasks", "2", "--steps", "2", "--layers", "1", "--width", "16"]

@@ -104,9 +104,10 @@ def test_a_mask_lifts_the_limit_of_registers(monkeypatch: pytest.MonkeyPatch) ->
     """It takes registers of its own, which a limit chosen without it would spill."""
     tile = Tile(16, 32, 4, 2, most=168)
     monkeypatch.setattr(tiles, "choose", lambda *_: tile)
-    assert select("jvp", frame(64, 64, 64, 64, torch.bfloat16)) == tile
-    for name in ("mask", "seed"):
-        assert select("jvp", frame(64, 64, 64, 64, torch.bfloat16, **{name: None})) == tile._replace(most=0)
+    sizes = 64, 64, 64, 64, torch.bfloat16
+    assert select("jvp", frame(*sizes)) == tile
+    assert select("jvp", frame(*sizes, mask=None)) == tile._replace(most=0)
+    assert select("jvp", frame(*sizes, seed=None)) == tile._replace(most=0)
 
 
 def test_an_override_holds_inside_and_ends_with_it() -> None:
