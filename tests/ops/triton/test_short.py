@@ -209,15 +209,17 @@ def test_what_one_head_holds_stays_there(value, regime):
 @pytest.mark.parametrize("wanted", [ALL, (1, 0, 0), (0, 0, 1), (0, 0, 0)])
 @pytest.mark.parametrize("tdo", [False, True])
 def test_in_two_walks(wanted, tdo, poisoned):
-    """A tile that is split: the same bits, since no sum has another order."""
-    case = Case(make(2, 37, 8), make(2, 21, 8), make(2, 21, 5), causal=True, wanted=wanted, tdo=tdo)
-    with override("second_short", Tile(16, 32, 1, 1)):
-        whole = case.jvp_hvp()
-    with override("second_short", Tile(16, 32, 1, 1, split=True)):
-        split = case.jvp_hvp()
-    case.compare(split, case.second, NAMES)
-    for x, y in zip(whole, split, strict=True):
-        assert x is None if y is None else torch.equal(x, y)
+    """A tile that is split: the same bits, since no sum has another order; blocks of a head, and several heads."""
+    long = Case(make(2, 37, 8), make(2, 21, 8), make(2, 21, 5), causal=True, wanted=wanted, tdo=tdo)
+    several = Case(make(5, 5, 8), make(5, 7, 8), make(5, 7, 5), wanted=wanted, tdo=tdo)
+    for case, tile in ((long, Tile(16, 32, 1, 1)), (several, Tile(32, 16, 1, 1))):
+        with override("second_short", tile):
+            whole = case.jvp_hvp()
+        with override("second_short", tile._replace(split=True)):
+            split = case.jvp_hvp()
+        case.compare(split, case.second, NAMES)
+        for x, y in zip(whole, split, strict=True):
+            assert x is None if y is None else torch.equal(x, y)
 
 
 def test_float32_loses_no_more_than_plain_pytorch():
