@@ -189,6 +189,18 @@ def _program(total, call, PACK: constexpr, S: constexpr) -> Any:
         return heads_from(first, total, PACK), blocks, blocks
 
 
+@device
+def _head_of(block, first, blocks, S: constexpr) -> Any:
+    """The head of a block of this program."""
+    return first + block // blocks if S.GROUPED else first
+
+
+@device
+def _row_of(block, blocks, S: constexpr) -> Any:
+    """Its first row."""
+    return (block % blocks if S.GROUPED else block) * S.BLOCK_M
+
+
 @triton.jit(do_not_specialize=["strides", "call", "total"])
 def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, total,
                      PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
@@ -203,11 +215,8 @@ def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, to
                                   first, 0, call, PACK, FLAT, S)  # fmt: skip
     else:
         for i in range(0, count):
-            head = first
-            row = i * S.BLOCK_M
-            if S.GROUPED:
-                head = first + i // blocks
-                row = (i % blocks) * S.BLOCK_M
+            head = _head_of(i, first, blocks, S)
+            row = _row_of(i, blocks, S)
             acc_k, acc_v = _vjp_block(acc_k, acc_v, k_tile, v_tile, q, do, dq, dk, dv, lse, mask, seed, strides,
                                       head, row, call, PACK, FLAT, S)  # fmt: skip
     _store_keys(dk, dv, acc_k, acc_v, strides, lead, call, PACK, S)
@@ -224,11 +233,8 @@ def _second_pass(k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, s
     else:
         # What the compiler would take out of this loop are addresses, some thirty registers of them.
         for i in tl.range(0, count, disable_licm=True):
-            head = first
-            row = i * S.BLOCK_M
-            if S.GROUPED:
-                head = first + i // blocks
-                row = (i % blocks) * S.BLOCK_M
+            head = _head_of(i, first, blocks, S)
+            row = _row_of(i, blocks, S)
             acc_k, acc_v = _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask,
                                          seed, strides, head, row, call, PACK, FLAT, S)  # fmt: skip
     lead = coordinates(first, call, FLAT)
