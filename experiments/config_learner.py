@@ -85,6 +85,11 @@ class InnerConfig:
     steps: int = 1  # steps while training
     eval_steps: int | None = None  # steps while evaluating; null: as many as in training
 
+    @property
+    def evaluated_steps(self) -> int:
+        """Steps while evaluating."""
+        return self.steps if self.eval_steps is None else self.eval_steps
+
 
 @dataclass
 class AdjointConfig:

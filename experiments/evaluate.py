@@ -27,7 +27,6 @@ from experiments.config import (
     ProtocolKind,
     TaskConfig,
 )
-from experiments.config_learner import LearnerKind
 from experiments.evaluation import Copies, Evaluation, evaluate
 from experiments.learners import Learner, takes_steps
 from experiments.protocols import OneShot
@@ -35,7 +34,6 @@ from experiments.trainer import memory_record
 from theria.meta.distributed import ALONE, Processes
 from theria.testing.machine import machine
 
-STEPLESS = (LearnerKind.protonet, LearnerKind.r2d2, LearnerKind.incontext)
 TIMEOUT = 600.0  # seconds that a process waits for another
 
 
@@ -54,11 +52,12 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processe
     copies = build.build_copies(run, settings.test_augment, settings.seed)
     learned = averaging.evaluated(state)
     result = _one_shot if settings.protocol is ProtocolKind.one_shot else _episodes
-    figures = result(settings, run, learned, copies, ranks)
+    figures, learner = result(settings, run, learned, copies, ranks)
     if ranks.is_first:
         print(f"{path}, step {state['step']}")
         print(figures.text() + (build.chance(_task_of(settings, run)) if isinstance(figures, Evaluation) else ""))
         record = {"checkpoint": str(path), "step": state["step"], **_tasks(settings, run)}
+        record["inner_steps"] = run.inner.evaluated_steps if takes_steps(learner) else None
         record |= {"seconds": round(time.monotonic() - begun, 1), **memory_record(build.device(run))}
         record |= {**figures.record(), "machine": machine()}
         print(f"written to {_write(run_dir, record)}")
@@ -79,7 +78,6 @@ def _tasks(settings: EvaluateConfig, run: Config) -> dict[str, Any]:
         "ways": ways,
         "shots": shots,
         "queries": 1 if official else task.queries,
-        "inner_steps": None if run.learner.kind in STEPLESS else _inner_steps(run),
         "seed": run.seed if settings.seed is None else settings.seed,
         "tasks": settings.tasks,
     }
@@ -147,23 +145,22 @@ def _task_of(settings: EvaluateConfig, run: Config) -> TaskConfig:
 
 def _episodes(
     settings: EvaluateConfig, run: Config, learned: dict[str, Any], copies: Copies | None, ranks: Processes
-) -> Evaluation:
-    """Random tasks of a subset."""
+) -> tuple[Evaluation, Learner]:
+    """Random tasks of a subset, and the learner that was given them."""
     task = _task_of(settings, run)
     source = build.build_source(replace(run, task=task), settings.subset, tasks=settings.tasks, seed=settings.seed)
     learner = _learner(settings, run, learned, task.ways if isinstance(task, FewShotConfig) else None)
-    return evaluate(
-        learner, source, episodes=settings.episodes, subset=settings.subset, copies=copies, **_options(run, ranks)
-    )
+    counts: dict[str, Any] = {"episodes": settings.episodes, "subset": settings.subset}
+    return evaluate(learner, source, **counts, copies=copies, **_options(run, ranks)), learner
 
 
 def _one_shot(
     settings: EvaluateConfig, run: Config, learned: dict[str, Any], copies: Copies | None, ranks: Processes
-) -> OneShot:
-    """Omniglot's official test."""
+) -> tuple[OneShot, Learner]:
+    """Omniglot's official test, and the learner that was given it."""
     runs = build.build_one_shot(run)
     learner = _learner(settings, run, learned, protocols.WAYS)
-    return protocols.one_shot(learner, runs, copies=copies, **_options(run, ranks))
+    return protocols.one_shot(learner, runs, copies=copies, **_options(run, ranks)), learner
 
 
 def _learner(settings: EvaluateConfig, run: Config, learned: dict[str, Any], ways: int | None) -> Learner:
@@ -182,11 +179,7 @@ def _learner(settings: EvaluateConfig, run: Config, learned: dict[str, Any], way
 
 
 def _options(run: Config, ranks: Processes) -> dict[str, Any]:
-    return {"steps": _inner_steps(run), "alive": lambda: None, "processes": ranks}
-
-
-def _inner_steps(run: Config) -> int:
-    return run.inner.steps if run.inner.eval_steps is None else run.inner.eval_steps
+    return {"steps": run.inner.evaluated_steps, "alive": lambda: None, "processes": ranks}
 
 
 @hydra.main(version_base="1.3", config_path=store.CONFIG_DIR, config_name="evaluate")

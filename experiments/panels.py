@@ -77,8 +77,7 @@ class Panels:
 
     def _alone(self, step: int, episode: Episode, evaluated: Learner) -> Figures:
         """The panels of one process, on tasks of which it has all."""
-        inner = self.parts.config.inner
-        steps = inner.steps if inner.eval_steps is None else inner.eval_steps
+        steps = self.parts.config.inner.evaluated_steps
         tasks = cache(lambda: Episode(*(field[:TASKS] for field in self.parts.sources["val"].sample(0))))
         panels: dict[str, Callable[[], Figures]] = {
             "rates": lambda: rates(self.learner),

@@ -320,9 +320,7 @@ class Trainer:
 
     def _options(self) -> dict[str, Any]:
         """What every evaluation of the run has."""
-        inner = self.config.inner
-        steps = inner.steps if inner.eval_steps is None else inner.eval_steps
-        return {"steps": steps, "alive": self.alive, "processes": self.ranks}
+        return {"steps": self.config.inner.evaluated_steps, "alive": self.alive, "processes": self.ranks}
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
