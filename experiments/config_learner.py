@@ -15,6 +15,7 @@ class LearnerKind(Enum):
     cavia = "cavia"
     protonet = "protonet"
     proto_maml = "proto_maml"
+    unicorn_maml = "unicorn_maml"
     r2d2 = "r2d2"
     incontext = "incontext"
 

@@ -31,6 +31,7 @@ from theria.meta.r2d2 import R2D2
 from theria.meta.reptile import Reptile
 from theria.meta.solvers import CG, MINRES, LinearSolver
 from theria.meta.truncated import Truncated
+from theria.meta.unicorn_maml import UnicornMAML
 from theria.nn import InContextClassifier, InContextRegressor, PrototypeTransformer
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -114,11 +115,11 @@ def build(
             if ways is None:
                 raise ValueError("learner=protonet classifies: give a task with classes, or learner=r2d2")
             return ProtoNet(_embedding(model), loss_fn, ways=ways, **tasks)
-        case LearnerKind.proto_maml:
+        case LearnerKind.proto_maml | LearnerKind.unicorn_maml:
             if ways is None:
-                raise ValueError("learner=proto_maml classifies: give a task with classes, or learner=maml")
-            rates, adapt = optimiser(inner), config.adapt
-            learner = ProtoMAML(_embedding(model), loss_fn, rates, adapt=adapt, ways=ways, **exact)
+                raise ValueError(f"learner={kind.value} classifies: give a task with classes, or learner=maml")
+            made = ProtoMAML if kind is LearnerKind.proto_maml else UnicornMAML
+            learner = made(_embedding(model), loss_fn, optimiser(inner), adapt=config.adapt, ways=ways, **exact)
             return _head_rates(learner, inner)
         case LearnerKind.r2d2:
             return R2D2(_embedding(model), loss_fn, ways=ways, ridge=config.ridge, **tasks)
@@ -131,6 +132,7 @@ _PARTIAL = (
     LearnerKind.maml_plus_plus,
     LearnerKind.imaml,
     LearnerKind.proto_maml,
+    LearnerKind.unicorn_maml,
 )
 
 

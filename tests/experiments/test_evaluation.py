@@ -78,6 +78,7 @@ LEARNERS = {
     "reptile": ["learner=reptile"],
     "cavia": ["learner=cavia"],
     "proto_maml": ["learner=proto_maml", PARTS],
+    "unicorn_maml": ["learner=unicorn_maml", PARTS],
     "protonet": ["learner=protonet"],
 }
 

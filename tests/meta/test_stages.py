@@ -22,6 +22,7 @@ from theria.meta import (
     MixedMode,
     ProtoMAML,
     Truncated,
+    UnicornMAML,
     Unrolled,
     compiled,
 )
@@ -79,6 +80,7 @@ LEARNERS: dict[str, Callable[[nn.Module], Any]] = {
     "imaml": lambda model: IMAML(model, cross_entropy, SGD(0.1), 40, adapt="head", strength=5.0, tol=None),
     "proto_maml": lambda model: ProtoMAML(model, ways=WAYS, steps=STEPS, adapt=PARTS),
     "proto_maml of the head": lambda model: ProtoMAML(model, ways=WAYS, steps=STEPS),
+    "unicorn_maml": lambda model: UnicornMAML(model, ways=WAYS, steps=STEPS, adapt=PARTS),
 }
 
 
@@ -92,7 +94,7 @@ def gradients(learner: Any) -> list[Tensor]:
 def test_it_is_the_step_of_the_whole_network(name: str) -> None:
     if name == "higher":
         pytest.importorskip("higher")
-    classes = None if name.startswith("proto") else WAYS
+    classes = None if name.startswith(("proto", "unicorn")) else WAYS
     staged, whole = LEARNERS[name](network(classes)), LEARNERS[name](Whole(network(classes)))
     assert sorted(n for n, _ in staged.named_parameters()) == sorted(n for n, _ in whole.named_parameters())
     found, wanted = gradients(staged), gradients(whole)
@@ -117,7 +119,7 @@ def test_the_trajectory_of_a_staged_network(name: str) -> None:
     """The figures of an adaptation for each number of steps; a fixed stem runs once for each set."""
     if name == "higher":
         pytest.importorskip("higher")
-    model, seen = network(None if name.startswith("proto") else WAYS), []
+    model, seen = network(None if name.startswith(("proto", "unicorn")) else WAYS), []
     learner = LEARNERS[name](model)
     with torch.no_grad():
         wanted = torch.stack([learner.predict(episode(), steps=t) for t in range(learner.steps + 1)])

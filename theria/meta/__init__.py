@@ -8,7 +8,7 @@
 
 | that algorithms are made of | |
 |---|---|
-| learners by steps | `MAML`, `FOMAML`, `ANIL`, `MetaSGD`, `MAMLPlusPlus`, `IMAML`, `ProtoMAML`, `Reptile`, `CAVIA` |
+| learners by steps | `MAML`, `FOMAML`, `ANIL`, `MetaSGD`, `MAMLPlusPlus`, `IMAML`, `ProtoMAML`, `UnicornMAML`, `Reptile`, `CAVIA` |
 | in closed form | `ProtoNet`, `R2D2` |
 | implicit functions | `root`, `fixed_point`, `argmin`, `custom_root`, `custom_fixed_point`, `linear_solve` |
 | bilevel problems | `BilevelProblem` with `ITD`, `AID`; `SOBA`, `SABA`, `F2SA`; `PES`, `TruncatedES` |
@@ -38,6 +38,7 @@ from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2
 from theria.meta.reptile import Reptile
 from theria.meta.truncated import Truncated
+from theria.meta.unicorn_maml import UnicornMAML
 
 __all__ = [
     "AID",
@@ -83,6 +84,7 @@ __all__ = [
     "SpotCheck",
     "Truncated",
     "TruncatedES",
+    "UnicornMAML",
     "Unrolled",
     "argmin",
     "certify",

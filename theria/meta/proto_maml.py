@@ -1,23 +1,19 @@
 """Proto-MAML: MAML whose classifier starts from class prototypes (Triantafillou et al. 2020, arXiv 1903.03096)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from theria.curvature.second_order import second_order
-from theria.meta.adjoint import Adjoint, Context, InnerLoss, Unrolled
-from theria.meta.checks import Adapt, check_count, check_every_class, check_start, select
-from theria.meta.functional import Predictor, in_full, one_hot
-from theria.meta.learner import GradientLearner, LossFn
-from theria.meta.optimisers import SGD, InnerOptimiser, Params
+from theria.meta.adjoint import Adjoint
+from theria.meta.checks import Adapt
+from theria.meta.functional import Predictor
+from theria.meta.learner import LossFn
+from theria.meta.optimisers import InnerOptimiser, Params
 from theria.meta.protonet import class_means
+from theria.meta.task_head import BIAS, WEIGHT, TaskHeadLearner
 
-WEIGHT, BIAS = "head.weight", "head.bias"
 
-
-class ProtoMAML(GradientLearner):
+class ProtoMAML(TaskHeadLearner):
     """A prototypical network whose classifier, and embedding, take gradient steps on the support set.
 
     The softmax of -|f(x) - c_k|^2 over k is that of the linear classifier with (section 3 of the paper)
@@ -57,89 +53,8 @@ class ProtoMAML(GradientLearner):
         ways: int,
         **options: Any,
     ) -> None:
-        super().__init__(
-            model,
-            F.cross_entropy if loss_fn is None else loss_fn,
-            SGD(lr=0.1) if inner is None else inner,
-            steps,
-            Unrolled() if adjoint is None else adjoint,
-            **options,
-        )
-        self.ways = check_count("ways", ways)
-        self._choose(adapt)
-        self._embeds_each_step = any(name not in (WEIGHT, BIAS) for name in self.adapted)
-        check_start(self.adjoint, learned=self._learns_more)
+        super().__init__(model, loss_fn, inner, steps, adjoint, adapt, ways=ways, **options)
 
-    def _choose(self, adapt: Adapt) -> None:
-        """Adapt these parameters of the model and of the classifier; None: all but the model's that are frozen."""
-        initial = {name: p.detach() for name, p in self._theta(dict(self.named_parameters())).items()}
-        if not initial:
-            raise ValueError("the model has no parameters: there is no embedding to learn")
-        taken = [name for name in (WEIGHT, BIAS) if name in initial]
-        if taken:
-            raise ValueError(
-                f"the model has parameters {taken}, names that the classifier made of prototypes needs: give the "
-                f"embedding, a model without its last layer (model.head = nn.Identity())"
-            )
-        like = next(iter(initial.values()))
-        # One entry: what broadcasts to every number of classes, and treats them alike.
-        head = {WEIGHT: like.new_zeros(1, 1), BIAS: like.new_zeros(1)}
-        if adapt is None and self._pure is None:
-            frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
-            adapt = lambda name: name not in frozen  # noqa: E731
-        chosen = select([*initial, *head], adapt)
-        self._learn_rates({name: {**initial, **head}[name] for name in chosen})
-
-    def _problem(
-        self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor
-    ) -> tuple[InnerLoss, Params, Context, Params]:
-        theta = self._theta(meta_params)
-        before, after = self._stages
-        data = second_order(before)(theta, x)
-        h = second_order(after)(theta, data)
-        everything = {**theta, **self._prototype_head(h, y)}
-        # Views: the classifier is made of the same parameters, and an adjoint that asks autograd for the inner gradient
-        # (`Higher`) would get the total derivative, through the prototypes too, where a step takes the partial one.
-        start = {name: everything[name].view_as(everything[name]) for name in self.adapted}
-        fixed = {name: p for name, p in everything.items() if name not in start}
-        return self._support_loss, start, (fixed, data if self._embeds_each_step else h, y), fixed
-
-    def _prototype_head(self, h: Tensor, y: Tensor) -> Params:
-        """The linear classifier of the class means of h (S, d)."""
-        member = one_hot(y, self.ways)
-        check_every_class(member, y)
+    def _head_start(self, h: Tensor, member: Tensor) -> Params:
         means = class_means(h, member)
         return {WEIGHT: 2 * means, BIAS: -means.square().sum(-1)}
-
-    def _support_loss(self, params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
-        """The inner loss, given (the other parameters, data, y): the data as in `GradientLearner._context`, or the
-        embeddings where the inner steps do not change them."""
-        fixed, data, y = context
-        everything = {**fixed, **params}
-        _, after = self._stages
-
-        def logits() -> Tensor:
-            return _classify(everything, after(_of_model(everything), data) if self._embeds_each_step else data)
-
-        return self._loss(logits, y, "support set")
-
-    def _output(self, model: Predictor, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return _classify(adapted, model(_of_model(adapted), x))
-
-    def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-        return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
-
-
-def _of_model(everything: Params) -> Params:
-    """The parameters without the classifier's."""
-    return {name: p for name, p in everything.items() if name not in (WEIGHT, BIAS)}
-
-
-def _classify(params: Params, h: Tensor) -> Tensor:
-    """Embeddings (B, d) -> logits (B, ways)."""
-    return _linear(h, params[WEIGHT], params[BIAS])
-
-
-@in_full
-def _linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return h @ weight.T + bias
