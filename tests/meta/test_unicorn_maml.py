@@ -65,7 +65,7 @@ def by_hand(model: nn.Module, episode: Episode, moves: list[str], first_order: b
 
         def logits(params: dict[str, Tensor], x: Tensor) -> Tensor:
             body = {name: p for name, p in params.items() if name not in "Wb"}
-            return functional_call(model, body, (x,)) @ params["W"].T + params["b"]
+            return WAYS**0.5 * (functional_call(model, body, (x,)) @ params["W"].T + params["b"])
 
         for _ in range(STEPS):
             loss = cross_entropy(logits(params, sx), sy)
@@ -94,22 +94,24 @@ def test_its_gradient_is_that_by_hand(adjoint, adapt, model, episode):
 
 @pytest.mark.parametrize("adapt", ADAPT.values(), ids=list(ADAPT))
 def test_any_row_that_all_classes_share_gives_the_same(adapt, model, episode):
-    """MAML on the whole network from rows that are equal: the same probabilities, and the same gradient but for the
+    """MAML on the whole network from rows that are equal, with `ways` times their rate: the same probabilities, and the same gradient but for the
     rows' own, whose sum over the classes, that of the shared row, is nil (section 5 of the paper learns one)."""
     whole = MLP([2, 5, 5, WAYS], activation=nn.Tanh).double()
     whole.load_state_dict(model.state_dict(), strict=False)
+    expected = MAML(whole, cross_entropy, SGD(RATE, learn_lr="tensor"), STEPS, adapt=adapt)
     torch.manual_seed(2)
     with torch.no_grad():
+        for name, rate in expected.rates["lr"].items():  # type: ignore[operator]
+            rate.mul_(WAYS if name.startswith("head") else 1)
         head = whole.head
         assert isinstance(head, nn.Linear)
         head.weight.copy_(torch.randn(1, 5).expand(WAYS, 5))
         head.bias.fill_(0.3)
-    expected = MAML(whole, cross_entropy, SGD(RATE), STEPS, adapt=adapt)
     learner = UnicornMAML(model, None, SGD(RATE), STEPS, adapt=adapt, ways=WAYS)
     for steps in range(STEPS + 1):
         probabilities = [each.predict(episode, steps=steps).softmax(-1) for each in (learner, expected)]
         torch.testing.assert_close(*probabilities, rtol=EXACT, atol=EXACT)
-    wanted = gradients(expected, episode)
+    wanted = {name: g for name, g in gradients(expected, episode).items() if not name.startswith("rates")}
     for name in ("weight", "bias"):
         rows = wanted.pop(f"model.head.{name}")
         assert rows.abs().max() > 1e-3
@@ -118,12 +120,12 @@ def test_any_row_that_all_classes_share_gives_the_same(adapt, model, episode):
 
 
 def test_the_first_step_makes_a_classifier_of_centred_class_means(model, episode):
-    """Two examples of each class: w_k = r / ways (c_k - mean of c), b = 0, and nothing else moves."""
+    """Two examples of each class: sqrt(ways) w_k = r (c_k - mean of c), b = 0, and nothing else moves."""
     x, y = episode[0][0], torch.tensor([0, 1, 2, 0, 1, 2])
     adapted = UnicornMAML(model, None, SGD(RATE), 2, ways=WAYS).adapt(x, y, steps=1)
     h = model(x)
     means = torch.stack([h[y == k].mean(0) for k in range(WAYS)])
-    expected = {"head.weight": RATE / WAYS * (means - means.mean(0)), "head.bias": torch.zeros(WAYS).double()}
+    expected = {"head.weight": RATE / WAYS**0.5 * (means - means.mean(0)), "head.bias": torch.zeros(WAYS).double()}
     close(dict(adapted), {**dict(model.named_parameters()), **expected})
 
 
@@ -167,6 +169,19 @@ def test_what_it_learned_fits_another_number_of_classes(model, episode):
     fresh = UnicornMAML(model, None, SGD(RATE), STEPS, ways=2)
     assert learner.predict(tuple(two)).shape == (4, 5, 2)
     torch.testing.assert_close(learner.predict(tuple(two)), fresh.predict(tuple(two)), rtol=EXACT, atol=EXACT)
+
+
+def test_the_step_of_the_classifier_does_not_depend_on_the_number_of_classes(model):
+    """Two classes of the same three examples each, called two or six: their logits differ by the same after a step."""
+    torch.manual_seed(3)
+    x = torch.randn(3, 2, dtype=torch.float64)
+    apart = torch.cat([x, -x])
+    two, six = (UnicornMAML(model, None, SGD(RATE), 2, adapt="head", ways=ways) for ways in (2, 6))
+    y = torch.arange(2).repeat_interleave(3)
+    logits = two.predict((apart, y, apart, y), steps=1)
+    many = torch.cat([apart] * 3), torch.cat([y, y + 2, y + 4])
+    others = six.predict((*many, apart, y), steps=1)
+    torch.testing.assert_close(others[:, 0] - others[:, 1], logits[:, 0] - logits[:, 1], rtol=EXACT, atol=EXACT)
 
 
 def test_it_adapts_everything_where_nothing_is_said(model, episode):

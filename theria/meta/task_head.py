@@ -107,6 +107,10 @@ class TaskHeadLearner(GradientLearner):
         """The classifier before the first step, WEIGHT and BIAS, of embeddings h (S, d), whose classes member
         (S, ways) says."""
 
+    def _classify(self, params: Params, h: Tensor) -> Tensor:
+        """Embeddings (B, d) -> logits (B, ways)."""
+        return _linear(h, params[WEIGHT], params[BIAS])
+
     def _support_loss(self, params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
         """The inner loss, given (the other parameters, data, y): the data as in `GradientLearner._context`, or the
         embeddings where the inner steps do not change them."""
@@ -115,12 +119,12 @@ class TaskHeadLearner(GradientLearner):
         _, after = self._stages
 
         def logits() -> Tensor:
-            return _classify(everything, after(_of_model(everything), data) if self._embeds_each_step else data)
+            return self._classify(everything, after(_of_model(everything), data) if self._embeds_each_step else data)
 
         return self._loss(logits, y, "support set")
 
     def _output(self, model: Predictor, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
-        return _classify(adapted, model(_of_model(adapted), x))
+        return self._classify(adapted, model(_of_model(adapted), x))
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
@@ -129,11 +133,6 @@ class TaskHeadLearner(GradientLearner):
 def _of_model(everything: Params) -> Params:
     """The parameters without the classifier's."""
     return {name: p for name, p in everything.items() if name not in (WEIGHT, BIAS)}
-
-
-def _classify(params: Params, h: Tensor) -> Tensor:
-    """Embeddings (B, d) -> logits (B, ways)."""
-    return _linear(h, params[WEIGHT], params[BIAS])
 
 
 @in_full
