@@ -159,7 +159,7 @@ class Nothing(torch.autograd.Function):
 
 
 def host_cost(shape: Shape = (1, 1, 16, 16), calls: int = 200) -> dict[str, Any]:
-    """Microseconds of the host per call with gradients: the forward, the backward; those of `Nothing`."""
+    """Microseconds of the host per call with gradients, forward and backward: theria, PyTorch's, `Nothing`."""
     inputs = make_inputs(shape, BF16)
     x = [a.requires_grad_() for a in inputs.x]
 
@@ -173,12 +173,16 @@ def host_cost(shape: Shape = (1, 1, 16, 16), calls: int = 200) -> dict[str, Any]
             times.append(1e6 * (time.perf_counter() - start) / calls)
         return statistics.median(times)
 
-    attend, theirs = partial(sdpa, *x, backend="triton"), partial(scaled_dot_product_attention, *x)
-    nothing = partial(Nothing.apply, *x)
-    costs = {"forward_us": per_call(attend), "pytorch_forward_us": per_call(theirs), "nothing_us": per_call(nothing)}
-    for name, run in (("backward_us", attend), ("nothing_backward_us", nothing)):
-        out = run()
-        costs[name] = per_call(lambda out=out: torch.autograd.grad(out, x, inputs.do, retain_graph=True))
+    costs = {}
+    attend: dict[str, Callable[..., torch.Tensor]] = {
+        "": partial(sdpa, backend="triton"), "pytorch_": scaled_dot_product_attention, "nothing_": Nothing.apply
+    }  # fmt: skip
+    for name, run in attend.items():
+        out = run(*x)
+        costs[f"{name}forward_us"] = per_call(partial(run, *x))
+        costs[f"{name}backward_us"] = per_call(
+            lambda out=out: torch.autograd.grad(out, x, inputs.do, retain_graph=True)
+        )
     return {"section": "host", "shape": list(shape)} | costs
 
 
@@ -213,10 +217,11 @@ def describe(row: dict[str, Any]) -> str:
     if row["section"] == "repeatability":
         return f"{row['shape']}: {row['repeats']} repeats {'equal' if row['equal'] else 'DIFFER'}"
     if row["section"] == "host":
-        figures = ("forward_us", "pytorch_forward_us", "nothing_us", "backward_us", "nothing_backward_us")
-        forward, theirs, nothing, backward, engine = (f"{row[name]:.0f}" for name in figures)
-        forwards = f"forward {forward} µs (PyTorch {theirs}, a Function that does nothing {nothing})"
-        return f"{forwards}, backward {backward} µs (a Function that does nothing {engine})"
+        return "; ".join(
+            f"{way} {row[f'{way}_us']:.0f} µs (PyTorch {row[f'pytorch_{way}_us']:.0f}, "
+            f"a Function that does nothing {row[f'nothing_{way}_us']:.0f})"
+            for way in ("forward", "backward")
+        )
     graph = f", graph {row['graph_ms']:.3f}" if "graph_ms" in row else ""
     return f"{row['candidate']} {row['ms']:.3f}{graph} ({row['tflops']:.0f} T, {row['error']:.0e})"
 

@@ -1,4 +1,4 @@
-"""Write the figures of docs/benchmarks/operator_h200.json into the tables of docs/benchmarks/README.md.
+"""Write the figures of docs/benchmarks/{operator,host}_h200.json into the tables of docs/benchmarks/README.md.
 
     python scripts/gpu_tables.py [--check]
 
@@ -16,6 +16,11 @@ from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 Row = dict[str, Any]
+HOST = {  # how a row of the host's table is called, and how its figures begin in the data
+    "theria": "",
+    "`F.scaled_dot_product_attention`": "pytorch_",
+    "a `Function` that does nothing": "nothing_",
+}
 
 
 class Figures:
@@ -86,7 +91,7 @@ def cells_of(heading: str, cells: list[str], figures: Figures) -> list[str] | No
         "Forward over reverse, and output with tangent": figures.forward_over_reverse,
         "First order, beside PyTorch's kernels": figures.first_order,
     }
-    if not cells[0][:1].isdigit() and cells[0] not in ("theria", "math"):
+    if not cells[0][:1].isdigit() and cells[0] not in ("math", *HOST):
         return None
     if make := by_shape.get(heading):
         shape = [int(x) for x in cells[0].split(",")]
@@ -98,8 +103,8 @@ def cells_of(heading: str, cells: list[str], figures: Figures) -> list[str] | No
         row = figures.find("memory", rows=int(cells[0].replace(",", "")))
         return [cells[0], f"{row['of_outputs']:.2f}", f"{row['whole_bytes'] / 1e9:.2f} GB"]
     if heading == "Repeatability and the host":
-        row = figures.find("host")
-        return [f"{row[key]:.0f}" for key in ("forward_us", "backward_us", "pytorch_forward_us")]
+        row, whose = figures.find("host"), HOST[cells[0]]
+        return [cells[0], *(f"{row[f'{whose}{way}_us']:.0f}" for way in ("forward", "backward"))]
     return None
 
 
@@ -120,7 +125,10 @@ def written(text: str, figures: Figures) -> str:
 def main() -> None:
     page = BENCHMARKS / "README.md"
     old = page.read_text()
-    new = written(old, Figures(json.loads((BENCHMARKS / "operator_h200.json").read_text())["rows"]))
+    operator, host = (
+        json.loads((BENCHMARKS / f"{name}_h200.json").read_text())["rows"] for name in ("operator", "host")
+    )
+    new = written(old, Figures([*(row for row in operator if row["section"] != "host"), *host]))
     if "--check" in sys.argv[1:]:
         sys.exit(new != old)
     page.write_text(new)
