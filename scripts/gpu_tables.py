@@ -125,10 +125,13 @@ def written(text: str, figures: Figures) -> str:
 def main() -> None:
     page = BENCHMARKS / "README.md"
     old = page.read_text()
-    operator, host = (
-        json.loads((BENCHMARKS / f"{name}_h200.json").read_text())["rows"] for name in ("operator", "host")
-    )
-    new = written(old, Figures([*(row for row in operator if row["section"] != "host"), *host]))
+    # A row of the host is taken from its own file: it is measured where nothing else runs.
+    rows = [
+        row
+        for name in ("host", "operator")
+        for row in json.loads((BENCHMARKS / f"{name}_h200.json").read_text())["rows"]
+    ]
+    new = written(old, Figures(rows))
     if "--check" in sys.argv[1:]:
         sys.exit(new != old)
     page.write_text(new)

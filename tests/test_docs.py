@@ -211,7 +211,13 @@ HOW: dict[str, Check] = {
         f"bash scripts/train.sh experiment=omniglot_{name} task.root=OMNIGLOT_FOLDER": composes(
             f"experiment=omniglot_{name}", "task.root=OMNIGLOT_FOLDER"
         )
-        for name in ("20w1s_prototransformer", "5w1s_maml", "background_prototransformer", "small1_prototransformer")
+        for name in (
+            "20w1s_prototransformer",
+            "20w1s_unicorn",
+            "background_prototransformer",
+            "background_unicorn",
+            "small1_prototransformer",
+        )
     },
     ".venv/bin/python -m experiments.evaluate checkpoint=outputs/mine protocol=one_shot test_augment=16": names(
         "experiments/evaluate.py"  # tests/experiments/test_protocols.py

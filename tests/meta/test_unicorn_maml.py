@@ -94,8 +94,8 @@ def test_its_gradient_is_that_by_hand(adjoint, adapt, model, episode):
 
 @pytest.mark.parametrize("adapt", ADAPT.values(), ids=list(ADAPT))
 def test_any_row_that_all_classes_share_gives_the_same(adapt, model, episode):
-    """MAML on the whole network from rows that are equal, with `ways` times their rate: the same probabilities, and the same gradient but for the
-    rows' own, whose sum over the classes, that of the shared row, is nil (section 5 of the paper learns one)."""
+    """MAML on the whole network from rows that are equal, with `ways` times their rate: the same probabilities, and the
+    same gradient but for the rows' own, whose sum over the classes is nil: the gradient of a row that is shared."""
     whole = MLP([2, 5, 5, WAYS], activation=nn.Tanh).double()
     whole.load_state_dict(model.state_dict(), strict=False)
     expected = MAML(whole, cross_entropy, SGD(RATE, learn_lr="tensor"), STEPS, adapt=adapt)

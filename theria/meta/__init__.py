@@ -8,7 +8,8 @@
 
 | that algorithms are made of | |
 |---|---|
-| learners by steps | `MAML`, `FOMAML`, `ANIL`, `MetaSGD`, `MAMLPlusPlus`, `IMAML`, `ProtoMAML`, `UnicornMAML`, `Reptile`, `CAVIA` |
+| learners by steps | `MAML`, `FOMAML`, `ANIL`, `MetaSGD`, `MAMLPlusPlus`, `IMAML`, `Reptile`, `CAVIA` |
+| with a classifier for each task | `ProtoMAML`, `UnicornMAML` |
 | in closed form | `ProtoNet`, `R2D2` |
 | implicit functions | `root`, `fixed_point`, `argmin`, `custom_root`, `custom_fixed_point`, `linear_solve` |
 | bilevel problems | `BilevelProblem` with `ITD`, `AID`; `SOBA`, `SABA`, `F2SA`; `PES`, `TruncatedES` |
