@@ -12,7 +12,7 @@ class UnicornMAML(TaskHeadLearner):
     """MAML that cannot tell one class from another before it has seen the support set.
 
     MAML learns a classifier with one row for each class, though how the classes of a task are numbered is chance. The
-    paper (section 5) learns one row w for all of them. With the softmax and any w the steps are those from zero, which
+    paper learns one row w for all of them instead. With the softmax and any w the steps are those from zero, which
     is where this starts:
 
         logits_k = w_k . f(x) + b_k with w_k = w + v_k, b_k = a + u_k, and p = softmax(logits);
