@@ -272,12 +272,13 @@ def evaluated(run_dir, out, **settings) -> tuple[Evaluation | OneShot, dict]:
     return result, json.loads(written.read_text())
 
 
-def test_proto_maml_is_evaluated_at_other_ways_and_shots_each_in_a_file_of_its_own(run_here, tmp_path):
+@pytest.mark.parametrize("kind", ["proto_maml", "unicorn_maml"])
+def test_it_is_evaluated_at_other_ways_and_shots_each_in_a_file_of_its_own(run_here, tmp_path, kind):
     """Trained at 20 ways and 1 shot; beside it, the learner with its parameters built for those tasks."""
     run = tmp_path / "run"
     options = ["task=glyphs", "task.ways=20", "task.shots=1", "task.queries=2", "task.tasks=2", "trainer.val_every=0"]
     options += ["model=transformer_patch", "model.d_model=8", "model.n_heads=2", "model.n_layers=1", "inner.steps=2"]
-    options += ["learner=proto_maml", "learner.adapt=[transformer,head]", "inner.lr=0.1", "inner.learn_lr=true"]
+    options += [f"learner={kind}", "learner.adapt=[transformer,head]", "inner.lr=0.1", "inner.learn_lr=true"]
     run_here(run, *options, "trainer.lr=0.1")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     saved = checkpoint.find(run)[1]
