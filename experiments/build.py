@@ -34,6 +34,7 @@ from experiments.learners import InContextLearner, InContextNetwork, Learner
 from theria import data
 from theria import nn as networks
 from theria.data import ClassDataset, TaskSource
+from theria.ops.checks import check_backend
 
 SUBSETS = ("train", "val", "test")
 # Tasks of the three subsets are drawn from streams that never meet.
@@ -52,7 +53,6 @@ LEAST = {
     "trainer.lr": 0,
     "trainer.warmup": 0,
     "trainer.weight_decay": 0,
-    "trainer.clip": 0,
     "trainer.threads": 1,
     "trainer.log_every": 1,
     "trainer.health_every": 0,
@@ -81,6 +81,7 @@ def check(config: Config) -> None:
 
     Raises:
         UserError: with the value and what is needed.
+        UnsupportedError: a backend that cannot compute on the device.
     """
     for key, least in LEAST.items():
         value = _value(config, key)
@@ -92,6 +93,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key}={value}: needed is a finite number")
     if config.inner.head_lr is not None and not config.inner.head_lr > 0:
         raise UserError(f"inner.head_lr={config.inner.head_lr}: needed is a positive number, or null for inner.lr")
+    if config.trainer.clip is not None and not config.trainer.clip > 0:
+        raise UserError(f"trainer.clip={config.trainer.clip}: needed is a positive number, or null for no clipping")
     check_seed(config.seed)
     debug, tasks = config.debug, config.task.tasks
     if debug.nan_step is not None and debug.nan_task >= tasks:
@@ -110,7 +113,9 @@ def check(config: Config) -> None:
     precision = config.ops.matmul_precision
     if precision not in PRECISIONS:
         raise UserError(f"ops.matmul_precision={precision}: {nearest(precision, PRECISIONS)}")
-    device(config)
+    backend, where = config.ops.backend.value, device(config)
+    if backend != "auto" and hasattr(config.model, "n_heads"):  # before there is a directory that a second try meets
+        check_backend(backend, x := torch.empty(1, 1, 1, 16, device=where), x, None)
 
 
 def check_seed(seed: int | None) -> None:
@@ -283,7 +288,7 @@ def build_learner(config: Config) -> Learner:
             ways = config.task.ways if isinstance(config.task, FewShotConfig) else None
             learner = learners.build(config.learner, config.inner, config.adjoint, model, loss_fn(config.task), ways)
     except (ValueError, ImportError) as error:
-        hint = "; learner=maml adapts all parameters" if str(error).startswith("adapt=") else ""
+        hint = "; learner.adapt=null adapts all parameters" if str(error).startswith("adapt=") else ""
         raise UserError(f"{error}{hint}") from error
     learner = learner.to(device(config))
     if protocols.ONE_SHOT in config.trainer.protocols:
@@ -308,7 +313,7 @@ def for_ways(config: Config, state: dict[str, Any], ways: int) -> Learner:
         raise UserError(
             f"a task of {ways} ways for learner={config.learner.kind.value}, model={config.model.name} trained with "
             f"task.ways={config.task.ways}: {', '.join(differ[:2]) or 'its state'} depends on the number of classes: "  # pyright: ignore
-            f"train with task.ways={ways}, or a learner that does not care (protonet, r2d2)"
+            f"train with task.ways={ways}, or a learner that does not care (unicorn_maml, proto_maml, protonet, r2d2)"
         )
     learner.load_state_dict(state)
     return learner

@@ -164,6 +164,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.sizes["seed"] = options.seed
     if options.repeats < 1 or any(value < 1 for name, value in options.sizes.items() if name != "seed"):
         parser.error("every size and --repeats: needed is at least 1")
+    if options.sizes["width"] % options.sizes["heads"]:
+        parser.error(
+            f"--width {options.sizes['width']} --heads {options.sizes['heads']}: needed is a multiple of heads"
+        )
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.parent}: make it first")
     options.methods = options.methods or [*(COMPILED + RECORDED if options.gpu else []), *THERIA, *PEERS]
     return options
 

@@ -13,6 +13,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from experiments import launch
 from theria.meta.distributed import FROM_FIRST, LostProcess
+from theria.meta.solvers import SolverError
 from theria.ops import UnsupportedError
 
 # A folder that cannot be made or written; every other OSError keeps its traceback.
@@ -115,6 +116,12 @@ def run(entry: Callable[[], None]) -> None:
         if verbose:
             raise
         message, code = explain(error), UserError.exit_code
+    except SolverError as error:
+        if verbose:
+            raise
+        what = str(error).partition(". With throw=False")[0]
+        settings = "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml"
+        message, code = f"adjoint=implicit: {what}. The settings are {settings}", UserError.exit_code
     except UnsupportedError as error:
         if verbose:
             raise

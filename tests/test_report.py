@@ -184,7 +184,13 @@ def test_an_evaluation_belongs_to_its_run(made: Reporter, tmp_path: Path) -> Non
     record |= {"subset": "test", "mean": 0.9622, "ci95": 0.0007, "episodes": 50000, "curve": []}
     (folder / "evaluation_test_5w1s.json").write_text(json.dumps(record))
     (folder / "evaluation_test_5w5s.json").write_text(json.dumps(record | {"ways": 5, "shots": 5, "mean": 0.9911}))
+    (folder / "evaluation_test_5w5s_2.json").write_text(
+        json.dumps(record | {"ways": 5, "shots": 5, "mean": 0.5, "inner_steps": 7, "test_augment": 4, "seed": 12})
+    )
     page = check(made(folder, run))
+    assert (
+        "evaluation of step 100: test, 5-way 5-shot, 7 inner steps, 4 copies of each task, seed 1250.00 %" in page.text
+    )
     assert "96.22 % ± 0.07" in page.text
     assert "evaluation of step 100: test, 5-way 5-shot99.11 % ± 0.07" in page.text
     assert "evaluation of step 100: test" in page.text

@@ -65,6 +65,7 @@ def _comparison(runs: Sequence[Run]) -> str:
             official = evaluation.get("protocol") == "one_shot"
             name = f"evaluation of step {evaluation.get('step', '?')}: "
             name += ONE_SHOT if official else _tasks(evaluation)
+            name += "".join(f", {text}" for text in _otherwise(evaluation, run))
             figures = _one_shot(evaluation) if official else _figures(evaluation, run)
             rows.append(["", escape(name), *figures, *[""] * 5])
     text = "The figure on the test classes with its 95 % interval over the episodes; before: without adaptation."
@@ -87,6 +88,21 @@ def _tasks(evaluation: dict[str, Any]) -> str:
     sizes = {"way": number(evaluation, "ways"), "shot": number(evaluation, "shots")}
     text = " ".join(f"{size:g}-{name}" for name, size in sizes.items() if size)
     return ", ".join(filter(None, [str(evaluation.get("subset", "test")), text]))
+
+
+def _otherwise(evaluation: dict[str, Any], run: Run) -> list[str]:
+    """What an evaluation has otherwise than the run's own, where both are recorded."""
+    steps, own = number(evaluation, "inner_steps"), len(run.results.get("curve") or ()) - 1
+    copies, seed = number(evaluation, "test_augment"), number(evaluation, "seed")
+    return [
+        text
+        for differs, text in (
+            (steps is not None and own > 0 and steps != own, f"{steps or 0:g} inner steps"),
+            (copies is not None and copies > 1, f"{copies or 0:g} copies of each task"),
+            (seed is not None and seed != number(run.results, "seed"), f"seed {seed or 0:g}"),
+        )
+        if differs
+    ]
 
 
 def _one_shot(values: Any) -> list[str]:

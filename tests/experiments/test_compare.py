@@ -158,6 +158,9 @@ def test_the_large_shape_is_that_of_the_published_figures():
         (["--install"], "--environments DIR"),
         (["--tasks", "0"], "at least 1"),
         (["--repeats", "0"], "at least 1"),
+        (["--heads", "0"], "at least 1"),
+        (["--width", "10", "--heads", "3"], "a multiple of heads"),
+        (["--out", "nowhere/compare.json"], "there is no folder nowhere"),
         *([] if torch.cuda.is_available() else [(["--gpu"], "no CUDA device here")]),
     ],
 )

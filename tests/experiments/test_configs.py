@@ -209,6 +209,8 @@ def test_a_typo_names_the_nearest(compose_config, override, hint):
         ("trainer.steps=0", "at least 1"),
         ("trainer.steps=-3", "at least 1"),
         ("trainer.lr=nan", "at least 0"),
+        ("trainer.clip=0", "a positive number, or null for no clipping"),
+        ("trainer.clip=nan", "a positive number"),
         ("trainer.device=tpu7x", "auto, cpu, cuda"),
         ("trainer.device=meta", "auto, cpu, cuda"),
         ("trainer.device=mps", "auto, cpu, cuda"),
@@ -225,6 +227,14 @@ def test_a_wrong_value_names_what_is_needed(compose_config, override, needed):
     message = refused(compose_config, override)
     assert override.split("=")[0] in message
     assert needed in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels can run")
+def test_a_backend_that_cannot_run_here_is_refused_before_there_is_a_directory(compose_config, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UnsupportedError, match="'triton' cannot compute"):
+        build.check(compose_config("ops=triton"))
+    build.check(compose_config("ops=triton", "model=convnet", "learner=maml"))  # it has no attention
 
 
 def test_a_gpu_that_is_not_here_is_refused(compose_config, monkeypatch):
@@ -250,7 +260,9 @@ def test_a_gpu_that_is_not_here_is_refused(compose_config, monkeypatch):
         (["learner=imaml", "adjoint=implicit"], "learns rates"),
         (["learner=cavia", "+learner.adapt=[head]"], "adapt"),
         (["task=sinusoid", "model=mlp", "learner=protonet"], "protonet classifies"),
-        (["model=convnet"], "learner=maml adapts all"),
+        (["model=convnet"], "learner.adapt=null adapts all"),
+        (["learner.adapt=[trunk]"], "there are stem, transformer, head"),
+        (["learner=unicorn_maml", "learner.adapt=[transformer]"], "add 'head'"),
     ],
 )
 def test_what_cannot_work_together_is_refused_before_any_work(compose_config, overrides, words):

@@ -7,6 +7,7 @@ import pytest
 from experiments import errors
 from experiments.config import EvaluateConfig
 from experiments.evaluate import evaluate_checkpoint
+from theria.meta.solvers import Result, SolverError
 from theria.ops import UnsupportedError
 
 
@@ -47,6 +48,7 @@ def test_a_path_that_would_be_misunderstood(monkeypatch, capsys, arguments, word
     ("error", "words"),
     [
         (UnsupportedError("backend 'triton' cannot compute this call: no GPU."), "'triton' cannot compute"),
+        (SolverError(Result.max_iterations, 0.1, 7), "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml"),
         (PermissionError(13, "Permission denied", "/runs/a"), "/runs/a: Permission denied"),
         (FileExistsError(17, "File exists", "a"), "a: File exists"),
         (NotADirectoryError(20, "Not a directory", "a/b"), "another run_dir"),

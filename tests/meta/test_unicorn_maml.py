@@ -117,6 +117,12 @@ def test_the_step_of_the_classifier_does_not_depend_on_the_number_of_classes(mod
     torch.testing.assert_close(others[:, 0] - others[:, 1], logits[:, 0] - logits[:, 1], rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.parametrize("adapt", ["body.2", ["body.2", "head.bias"], lambda name: name.startswith("body")])
+def test_a_classifier_that_would_stay_at_zero_is_refused(adapt, model):
+    with pytest.raises(ValueError, match=r"leaves out 'head.weight'.*add 'head'"):
+        UnicornMAML(model, ways=WAYS, adapt=adapt)
+
+
 def test_it_adapts_everything_where_nothing_is_said(model, episode):
     adapted = UnicornMAML(model, None, SGD(RATE), 2, ways=WAYS).adapt(episode[0][0], episode[1][0])
     assert all(not torch.equal(adapted[name], p) for name, p in model.named_parameters())

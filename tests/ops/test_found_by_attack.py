@@ -31,6 +31,29 @@ def test_finite_differences_refuse_residuals() -> None:
         hvp_fd_vjp(*s.x, s.t[0][:1], s.t[1], s.t[2])
 
 
+@backends
+@pytest.mark.parametrize("number", [-1e9, torch.finfo(torch.float32).min, 1e9])
+def test_a_row_whose_keys_are_all_masked_by_a_large_number(backend: str, number: float) -> None:
+    """lse, which is that number, cannot hold how many keys there are; PyTorch's softmax can. Row 0 is such a row, row 1
+    sees two keys, the others all; first derivatives, and the double backward along fixed cotangents."""
+    torch.manual_seed(0)
+    x = [torch.randn(2, 5, 4, requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(5, 5)
+    mask[0], mask[1, 2:] = number, -abs(number)
+    do, *t = (torch.randn(2, 5, 4) for _ in range(4))
+
+    def derivatives(attend: Any) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(attend(*x, mask), x, do, create_graph=True)
+        second = torch.autograd.grad(first, x, t)
+        return (*(g.detach() for g in first), *second)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = derivatives(F.scaled_dot_product_attention)
+    found = derivatives(lambda *args: sdpa(*args, backend=backend))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # float32, sums in another order
+
+
 def test_a_boolean_mask_has_no_tangent() -> None:
     s, mask = make_sample(), torch.ones(5, 7, dtype=torch.bool)
     with pytest.raises(DtypeError, match="boolean attn_mask, which has no tangent"):

@@ -175,7 +175,8 @@ def select(names: Sequence[str], adapt: Adapt) -> list[str]:
         if not any(_within(name, prefix) for name in names):
             near = get_close_matches(prefix, [*names, *(name.rpartition(".")[0] for name in names)], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"adapt={prefix!r} is no parameter or module of {_listed(names)}{hint}")
+            parts = dict.fromkeys(name.partition(".")[0] for name in names)
+            raise ValueError(f"adapt={prefix!r} is no parameter or module; there are {_listed(parts)}{hint}")
     return [name for name in names if any(_within(name, prefix) for prefix in wanted)]
 
 

@@ -4,6 +4,7 @@ from math import sqrt
 
 from torch import Tensor
 
+from theria.meta.checks import Adapt
 from theria.meta.optimisers import Params
 from theria.meta.task_head import BIAS, WEIGHT, TaskHeadLearner
 
@@ -45,12 +46,23 @@ class UnicornMAML(TaskHeadLearner):
             support is embedded once.
     The others: see `Learner`.
 
+    Raises:
+        ValueError: `adapt` without the classifier, which would stay at zero.
+
     Where the optimiser learns a rate for each entry of a parameter, the classifier has one for its weight and one for
     its bias: one for each entry would depend on the order of the classes.
 
     `adapt` returns all parameters of the model by its own names, and "head.weight" (ways, d) and "head.bias" (ways,),
     w and b above.
     """
+
+    def _choose(self, adapt: Adapt) -> None:
+        super()._choose(adapt)
+        if WEIGHT not in self.adapted:
+            raise ValueError(
+                f"adapt={adapt!r} leaves out {WEIGHT!r}: the classifier starts at zero, and would stay there, so that "
+                f"nothing could be learned: add 'head'"
+            )
 
     def _head_start(self, h: Tensor, member: Tensor) -> Params:
         return {WEIGHT: h.new_zeros(self.ways, h.shape[-1]), BIAS: h.new_zeros(self.ways)}

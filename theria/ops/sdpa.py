@@ -149,7 +149,9 @@ def sdpa(
         key: (..., M, D).
         value: (..., M, E).
         attn_mask: broadcastable to (..., N, M). Boolean (True attends) or added to the scores (dtype of ``query`` or
-            float32; its gradient is exact to second order too, on the backends that give it: not "triton").
+            float32; its gradient is exact to second order too, on the backends that give it: not "triton"). A key that
+            is not to be seen is −inf there. A large finite number instead is the same, but for rows that have it on
+            every key they see: on "triton" the derivatives of such a row are wrong by up to the number of its keys.
         dropout_p: probability with which an entry of the attention weights is dropped. As in PyTorch it always
             applies: pass 0.0 in evaluation.
         is_causal: row n attends to the keys m ≤ n (top-left alignment); combines with ``attn_mask``.
