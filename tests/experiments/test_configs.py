@@ -16,6 +16,7 @@ from experiments import build, checkpoint, learners, store
 from experiments.config import Config
 from experiments.config_learner import AdjointKind
 from experiments.errors import UserError, explain
+from theria.ops import UnsupportedError
 
 CONFIGS = Path(store.CONFIG_DIR)
 EVERY_EXPERIMENT = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
