@@ -285,3 +285,12 @@ def test_by_pytorchs_compiler() -> None:
     for seed in range(2):
         given = episode(seed, dtype=torch.float32)
         assert difference(by(step, given), eager(learner, given)) <= ROUNDING
+
+
+def test_learned_rates_of_each_step_by_pytorchs_compiler() -> None:
+    """A rate that is taken by its number has a derivative that scatters, which the compiler adds twice on a CPU."""
+    torch.manual_seed(0)
+    inner = SGD([0.3, 0.2], learn_lr="tensor")
+    learner = MAML(nn.Sequential(nn.Flatten(-3), nn.Linear(64, WAYS)), cross_entropy, inner, 2, MixedMode()).double()
+    given = episode(0)
+    assert difference(by(CapturedStep(learner, compile=True), given), eager(learner, given)) <= SAME

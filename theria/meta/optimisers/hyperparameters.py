@@ -147,7 +147,10 @@ class Chosen:
                 f"hyper['lr'] for {name!r} has shape {tuple(rates.shape)}, and lr is a sequence of {self._steps} "
                 f"rates: its tensors need a leading dimension of {self._steps}, the inner step"
             )
-        return rates.index_select(0, self._index).squeeze(0)
+        # By comparisons, whose derivative scatters nothing: PyTorch's compiler adds what index_select's scatters twice
+        # on a CPU (2.13, under vmap), or fails.
+        others = torch.arange(self._steps, device=rates.device) != self._index
+        return rates.masked_fill(others.view(-1, *[1] * (rates.ndim - 1)), 0.0).sum(0)
 
 
 def _scheduled(rates: Sequence[float], count: Tensor) -> Tensor:
