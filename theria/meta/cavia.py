@@ -68,9 +68,6 @@ class CAVIA(GradientLearner):
     def _output(self, model: Predictor, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
         return model(self._theta(meta_params), x, adapted["context"])
 
-    def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-        return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
-
 
 class ExtraInputs(nn.Module):
     """The context as further inputs of a model of vectors: model([x, context]), x (..., d) and context (c,)."""

@@ -1,8 +1,9 @@
 """What every meta-learner shares: a model as a pure function, episodes over tasks, an inner loop described by values.
 
-A class here is abstract or final. `Learner` runs episodes; a learner says in three methods what it makes of a task
-(`_adapt`), what that predicts (`_predict`), and what its outer loss is (`_task_loss`). `GradientLearner` adds what
-those that take gradient steps have in common: they say what the inner problem of a task is (`_problem`).
+A class here is abstract or final. `Learner` runs episodes; a learner says what it makes of a task (`_adapt`), what that
+predicts (`_predict`), and, where it is not the loss of the queries, what its outer loss is (`_task_loss`).
+`GradientLearner` adds what those that take gradient steps have in common: they say what the inner problem of a task is
+(`_problem`).
 """
 
 from abc import ABC, abstractmethod
@@ -95,9 +96,9 @@ class Learner(nn.Module, ABC):
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
         """Predictions by what `_adapt` returned."""
 
-    @abstractmethod
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-        """The outer loss of one task."""
+        """The outer loss of one task: that of its queries after adaptation, unless a learner has another."""
+        return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
 
     def forward(self, episode: Any, *, batched: bool | None = None) -> Tensor:
         """The outer loss, averaged over the tasks; see `outer_loss`."""

@@ -75,9 +75,6 @@ class MAML(GradientLearner):
         initial, fixed = self._split(meta_params)
         return self._support_loss, initial, self._context(fixed, x, y), fixed
 
-    def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-        return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
-
 
 def FOMAML(model: nn.Module | Predictor, loss_fn: LossFn, inner: InnerOptimiser | None = None, **options: Any) -> MAML:
     """MAML with the inner gradients held constant: `MAML(..., adjoint=FirstOrder())`."""

@@ -45,9 +45,6 @@ class ProtoNet(Learner):
         h = self._function(self._theta(meta_params), x)
         return -squared_distances(h, adapted["prototypes"])
 
-    def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-        return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, 0), qx, qy)
-
 
 @in_full
 def class_means(h: Tensor, member: Tensor) -> Tensor:

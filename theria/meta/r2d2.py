@@ -70,9 +70,6 @@ class R2D2(Learner):
         h = self._function(self._theta(meta_params), x)
         return meta_params["alpha"] * in_full(torch.matmul)(h, adapted["weight"]) + meta_params["beta"]
 
-    def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-        return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, 0), qx, qy)
-
 
 @in_full
 def ridge_regression(x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
