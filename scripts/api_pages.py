@@ -52,7 +52,8 @@ class Page:
 
 ADJOINTS = ("Adjoint", "Unrolled", "MixedMode", "FirstOrder", "Truncated", "Implicit", "Identity", "Higher")
 LEARNERS = ("Learner", "GradientLearner", "MAML", "FOMAML", "ANIL", "MetaSGD", "MAMLPlusPlus", "IMAML")
-LEARNERS += ("Reptile", "CAVIA", "ExtraInputs", "FiLM", "ProtoNet", "R2D2", "ProtoMAML", "UnicornMAML")
+LEARNERS += ("Reptile", "CAVIA", "ExtraInputs", "FiLM", "ProtoNet", "R2D2")
+LEARNERS += ("TaskHeadLearner", "ProtoMAML", "UnicornMAML")
 DISTRIBUTED = ("processes", "current", "Processes", "share", "count_tasks", "LostProcess")
 EVOLUTION = ("PES", "TruncatedES", "EvolutionState", "EvolutionInfo")
 EQUILIBRIUM = ("DeepEquilibrium", "EquilibriumBlock")

@@ -1,4 +1,4 @@
-"""What holds for every learner with a classifier for each task, wherever the classifier starts."""
+"""What holds for every learner with a classifier for each task; their outer gradients against autograd by hand."""
 
 from typing import Any
 
@@ -9,16 +9,20 @@ from torch.func import grad
 
 from tests.meta.task_heads import (
     ADAPT,
+    ADJOINTS,
     EXACT,
     STEPS,
     WAYS,
+    WIDTH,
+    by_hand,
     close,
     embedding,
     gradients,
+    moved,
     optimisers,
     tasks,
 )
-from theria.meta import SGD, Adjoint, MixedMode, ProtoMAML, UnicornMAML, Unrolled
+from theria.meta import SGD, Adjoint, FirstOrder, MixedMode, ProtoMAML, Truncated, UnicornMAML, Unrolled
 from theria.meta.implicit_adjoint import Implicit
 from theria.nn import MLP, residual_net
 
@@ -26,6 +30,42 @@ RATE = 0.2
 INNER = optimisers(RATE)
 
 pytestmark = pytest.mark.parametrize("kind", [ProtoMAML, UnicornMAML])
+
+
+def prototypes(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Section 3 of the paper of ProtoMAML."""
+    c = torch.stack([h[y == k].mean(0) for k in range(WAYS)])
+    return 2 * c, -(c * c).sum(1)
+
+
+def zeros(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    start = torch.zeros(WAYS, WIDTH + 1, dtype=torch.float64, requires_grad=True)
+    return start[:, :WIDTH], start[:, WIDTH]
+
+
+# Where the classifier starts, a rate at which its curvature is seen, and what the logits are multiplied by.
+BY_HAND = {ProtoMAML: (prototypes, 0.2, 1.0), UnicornMAML: (zeros, 0.7, WAYS**0.5)}
+
+
+def expected(kind: Any, adapt: Any, first_order: bool) -> dict[str, Tensor]:
+    (start, rate, factor), model = BY_HAND[kind], embedding()
+    return by_hand(model, tasks(), moved(model, adapt), start, rate, factor=factor, first_order=first_order)
+
+
+@pytest.mark.parametrize("adapt", ADAPT.values(), ids=list(ADAPT))
+@pytest.mark.parametrize("adjoint", [*ADJOINTS, Truncated(STEPS)], ids=repr)
+def test_exact_adjoints_give_the_gradient_by_hand(kind, adjoint, adapt):
+    exact, first_order = (expected(kind, adapt, first) for first in (False, True))
+    assert max((exact[n] - first_order[n]).abs().max() for n in exact) > 1e-3  # the curvature is no rounding
+    rate = BY_HAND[kind][1]
+    close(gradients(kind(embedding(), None, SGD(rate), STEPS, adjoint, adapt, ways=WAYS), tasks()), exact)
+
+
+@pytest.mark.parametrize("adapt", ADAPT.values(), ids=list(ADAPT))
+def test_first_order_holds_the_inner_gradients_constant(kind, adapt):
+    """But for them everything is differentiated, the path through the prototypes too."""
+    learner = kind(embedding(), None, SGD(BY_HAND[kind][1]), STEPS, FirstOrder(), adapt, ways=WAYS)
+    close(gradients(learner, tasks()), expected(kind, adapt, True))
 
 
 @pytest.mark.parametrize("inner", INNER.values(), ids=list(INNER))

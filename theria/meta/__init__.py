@@ -38,6 +38,7 @@ from theria.meta.proto_maml import ProtoMAML
 from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2
 from theria.meta.reptile import Reptile
+from theria.meta.task_head import TaskHeadLearner
 from theria.meta.truncated import Truncated
 from theria.meta.unicorn_maml import UnicornMAML
 
@@ -83,6 +84,7 @@ __all__ = [
     "Reptile",
     "Schedule",
     "SpotCheck",
+    "TaskHeadLearner",
     "Truncated",
     "TruncatedES",
     "UnicornMAML",

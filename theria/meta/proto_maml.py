@@ -24,21 +24,9 @@ class ProtoMAML(TaskHeadLearner):
     there. c_k is a function of the initial parameters of f: the outer gradient passes through the classifier's start
     as it passes through that of every adapted parameter, exactly or as the adjoint approximates it.
 
-    Nothing depends on how the classes are numbered. Where the optimiser learns a rate for each entry of a parameter,
-    the classifier has one for its weight and one for its bias: one for each entry would.
-
     Args:
-        model: the embedding f: an `nn.Module` x (B, *x) -> (B, d), or a pure function with `params`. It has no
-            parameter of its own called "head.weight" or "head.bias".
-        loss_fn: of logits (S, ways) and labels; default cross-entropy.
-        ways: number of classes of a task; labels are integers in [0, ways), each in the support set.
-        inner, steps, adjoint: as in `MAML`.
-        adapt: what the inner steps change: "head" alone (the default), names of the model's parameters or modules with
-            it, such as ["body.3", "head"], a predicate, or None for everything that requires grad. If it is the head
-            alone, the support is embedded once.
-    The others: see `Learner`.
-
-    `adapt` returns all parameters of the model by its own names, and "head.weight" (ways, d) and "head.bias" (ways,).
+        adapt: what the inner steps change; "head" alone by default.
+    The others, and what `adapt` returns: see `TaskHeadLearner`.
     """
 
     def __init__(

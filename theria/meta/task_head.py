@@ -31,11 +31,12 @@ class TaskHeadLearner(GradientLearner):
         model: the embedding f: an `nn.Module` x (B, *x) -> (B, d), or a pure function with `params`. It has no
             parameter of its own called "head.weight" or "head.bias".
         loss_fn: of logits (S, ways) and labels; default cross-entropy.
-        ways: number of classes of a task; labels are integers in [0, ways), each in the support set.
+        ways: number of classes of a task; labels are integers in [0, ways), each in the support set. Nothing that is
+            learned depends on it: `learner.ways = 5` evaluates at 5 what learned at 20.
         inner, steps, adjoint: as in `MAML`.
         adapt: what the inner steps change: "head" alone, names of the model's parameters or modules with it, such as
             ["body.3", "head"], a predicate, or None for everything that requires grad. If it is the head alone, the
-            support is embedded once.
+            support is embedded once. The default is that of each learner.
     The others: see `Learner`.
 
     `adapt` returns all parameters of the model by its own names, and "head.weight" (ways, d) and "head.bias" (ways,).
@@ -74,7 +75,7 @@ class TaskHeadLearner(GradientLearner):
         taken = [name for name in (WEIGHT, BIAS) if name in initial]
         if taken:
             raise ValueError(
-                f"the model has parameters {taken}, names that the classifier made of prototypes needs: give the "
+                f"the model has parameters {taken}, names that the classifier made for each task needs: give the "
                 f"embedding, a model without its last layer (model.head = nn.Identity())"
             )
         like = next(iter(initial.values()))
@@ -125,9 +126,6 @@ class TaskHeadLearner(GradientLearner):
 
     def _output(self, model: Predictor, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:
         return self._classify(adapted, model(_of_model(adapted), x))
-
-    def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-        return self._query_loss(meta_params, self._adapt(meta_params, sx, sy, self.steps), qx, qy)
 
 
 def _of_model(everything: Params) -> Params:

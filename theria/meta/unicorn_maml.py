@@ -35,25 +35,12 @@ class UnicornMAML(TaskHeadLearner):
     least two steps, then, where the embedding is to adapt.
 
     Args:
-        model: the embedding f: an `nn.Module` x (B, *x) -> (B, d), or a pure function with `params`. It has no
-            parameter of its own called "head.weight" or "head.bias".
         loss_fn: of logits (S, ways) and labels, by their softmax; default cross-entropy.
-        ways: number of classes of a task; labels are integers in [0, ways), each in the support set. Nothing that is
-            learned depends on it: `learner.ways = 5` evaluates at 5 what learned at 20.
-        inner, steps, adjoint: as in `MAML`.
-        adapt: what the inner steps change: None for everything that requires grad (the default), "head" alone, or names
-            of the model's parameters or modules with it, such as ["body.3", "head"]. If it is the head alone, the
-            support is embedded once.
-    The others: see `Learner`.
+        adapt: what the inner steps change, the classifier's weight among it; everything that requires grad by default.
+    The others, and what `adapt` returns: see `TaskHeadLearner`; "head.weight" and "head.bias" are w and b above.
 
     Raises:
-        ValueError: `adapt` without the classifier, which would stay at zero.
-
-    Where the optimiser learns a rate for each entry of a parameter, the classifier has one for its weight and one for
-    its bias: one for each entry would depend on the order of the classes.
-
-    `adapt` returns all parameters of the model by its own names, and "head.weight" (ways, d) and "head.bias" (ways,),
-    w and b above.
+        ValueError: `adapt` without the classifier's weight, which would stay at zero.
     """
 
     def _choose(self, adapt: Adapt) -> None:
