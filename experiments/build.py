@@ -71,6 +71,8 @@ LEAST = {
     "debug.nan_task": 0,
     "debug.step_seconds": 0,
 }
+# What has to be above 0, or null, and what null means then.
+POSITIVE = {"inner.head_lr": "inner.lr", "trainer.clip": "no clipping"}
 FINITE = ("trainer.lr", "trainer.weight_decay", "inner.lr", "inner.head_lr", "debug.step_seconds")
 IMAGE_MODELS = ("transformer", "convnet", "residual", "incontext", "prototype_transformer")
 PRECISIONS = ("highest", "high", "medium")
@@ -91,10 +93,10 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value is not None and not math.isfinite(value):
             raise UserError(f"{key}={value}: needed is a finite number")
-    if config.inner.head_lr is not None and not config.inner.head_lr > 0:
-        raise UserError(f"inner.head_lr={config.inner.head_lr}: needed is a positive number, or null for inner.lr")
-    if config.trainer.clip is not None and not config.trainer.clip > 0:
-        raise UserError(f"trainer.clip={config.trainer.clip}: needed is a positive number, or null for no clipping")
+    for key, otherwise in POSITIVE.items():
+        value = _value(config, key)
+        if value is not None and not value > 0:
+            raise UserError(f"{key}={value}: needed is a positive number, or null for {otherwise}")
     check_seed(config.seed)
     debug, tasks = config.debug, config.task.tasks
     if debug.nan_step is not None and debug.nan_task >= tasks:

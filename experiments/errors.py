@@ -119,9 +119,8 @@ def run(entry: Callable[[], None]) -> None:
     except SolverError as error:
         if verbose:
             raise
-        what = str(error).partition(". With throw=False")[0]
         settings = "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml"
-        message, code = f"adjoint=implicit: {what}. The settings are {settings}", UserError.exit_code
+        message, code = f"{error.reason}. The settings of adjoint=implicit: {settings}", UserError.exit_code
     except UnsupportedError as error:
         if verbose:
             raise

@@ -94,15 +94,14 @@ def _otherwise(evaluation: dict[str, Any], run: Run) -> list[str]:
     """What an evaluation has otherwise than the run's own, where both are recorded."""
     steps, own = number(evaluation, "inner_steps"), len(run.results.get("curve") or ()) - 1
     copies, seed = number(evaluation, "test_augment"), number(evaluation, "seed")
-    return [
-        text
-        for differs, text in (
-            (steps is not None and own > 0 and steps != own, f"{steps or 0:g} inner steps"),
-            (copies is not None and copies > 1, f"{copies or 0:g} copies of each task"),
-            (seed is not None and seed != number(run.results, "seed"), f"seed {seed or 0:g}"),
-        )
-        if differs
-    ]
+    found = []
+    if steps is not None and own > 0 and steps != own:
+        found.append(f"{steps:g} inner steps")
+    if copies is not None and copies > 1:
+        found.append(f"{copies:g} copies of each task")
+    if seed is not None and seed != number(run.results, "seed"):
+        found.append(f"seed {seed:g}")
+    return found
 
 
 def _one_shot(values: Any) -> list[str]:

@@ -54,6 +54,7 @@ class SolverError(RuntimeError):
         iterations: of the same task.
         tasks: the positions of the failed tasks in the flattened batch; empty for a single solve.
         of: the number of tasks.
+        reason: what failed, how, and what to do about it.
     """
 
     def __init__(
@@ -76,10 +77,10 @@ class SolverError(RuntimeError):
         self.tasks, self.of = tuple(tasks), of
         which = f"{len(self.tasks)} of {of} tasks, the first of them task {self.tasks[0]}: " if self.tasks else ""
         after = f" after {iterations} iterations" if iterations else ""  # 0 where they are not known, too
-        super().__init__(
-            f"{what} did not converge ({which}{result.name}, residual {residual:.3e}{after}): "
-            f"{advice or result.advice}. With throw=False the solution is returned with its result instead"
+        self.reason = (
+            f"{what} did not converge ({which}{result.name}, residual {residual:.3e}{after}): {advice or result.advice}"
         )
+        super().__init__(f"{self.reason}. With throw=False the solution is returned with its result instead")
 
 
 class Solution(NamedTuple):
