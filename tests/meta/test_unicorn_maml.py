@@ -91,6 +91,19 @@ def test_a_classifier_that_would_stay_at_zero_is_refused(adapt):
         UnicornMAML(model, ways=WAYS, adapt=adapt)
 
 
+def test_under_autocast_the_classifier_takes_small_steps_in_float32():
+    """Rounded to bfloat16 after each of 200 steps of rate 0.01 it is 8 % off; the embeddings' own rounding is 0.5 %."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16))
+    x, y = torch.randn(15, 8), torch.arange(5).repeat(3)
+    learner = UnicornMAML(model, None, SGD(0.01), 200, adapt="head", ways=5)
+    exact = learner.adapt(x, y)["head.weight"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = learner.adapt(x, y)["head.weight"]
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
 def test_it_adapts_everything_where_nothing_is_said():
     model, episode = embedding(), tasks()
     adapted = UnicornMAML(model, None, SGD(RATE), 2, ways=WAYS).adapt(episode[0][0], episode[1][0])

@@ -4,6 +4,7 @@ from math import sqrt
 
 from torch import Tensor
 
+from theria.curvature.second_order import at_least_float32
 from theria.meta.checks import Adapt
 from theria.meta.optimisers import Params
 from theria.meta.task_head import BIAS, WEIGHT, TaskHeadLearner
@@ -52,6 +53,7 @@ class UnicornMAML(TaskHeadLearner):
             )
 
     def _head_start(self, h: Tensor, member: Tensor) -> Params:
+        h = at_least_float32(h)  # autocast leaves half precision, in which small steps would round away
         return {WEIGHT: h.new_zeros(self.ways, h.shape[-1]), BIAS: h.new_zeros(self.ways)}
 
     def _classify(self, params: Params, h: Tensor) -> Tensor:
