@@ -2,7 +2,8 @@
 
 Each takes the operands of :func:`theria.ops.sdpa` and what its order adds. ``out`` and ``lse`` are residuals of
 :func:`sdpa_forward`; without them the forward is computed again. The results are themselves differentiable as far as
-the backend goes (two orders of the operator with "custom", any with "reference"): nothing is detached silently.
+the backend goes (two orders of the operator with "custom", any with "reference"), but for ``lse`` and ``tau``, which
+with "custom" and "triton" are constants: their derivatives are zero.
 
 Common keyword arguments: ``attn_mask``, ``dropout_p``, ``is_causal``, ``scale``, ``enable_gqa``, ``seed`` and
 ``backend`` as in :func:`theria.ops.sdpa`, with the same errors. Formulas: ``theria/ops/README.md``.

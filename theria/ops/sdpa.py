@@ -142,7 +142,8 @@ def sdpa(
     """Scaled dot-product attention with exact first and second derivatives.
 
     Signature and semantics of ``torch.nn.functional.scaled_dot_product_attention``, plus ``seed`` and ``backend``.
-    Composes with ``torch.autograd`` (``create_graph=True``, forward mode) and with every ``torch.func`` transform.
+    Composes with ``torch.autograd`` (``create_graph=True``, forward mode) and with every ``torch.func`` transform but
+    ``linearize``, which is wrong on "custom".
 
     Args:
         query: (..., N, D), usually (B, H, N, D). Leading dimensions of the operands broadcast.
