@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from theria.ops import sdpa
 from theria.ops.explicit import sdpa_hvp, sdpa_jvp, sdpa_vjp
 from theria.ops.triton import plans
-from theria.testing import difference
+from theria.testing import difference, naive_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = 2e-6  # what float32 "highest" may be off float64
@@ -98,6 +98,53 @@ def test_the_precision_of_products_may_be_set_by_its_newer_names() -> None:
     assert error(fused(q, k, v), exact) <= FLOAT32
 
 
+def outcomes(attend: Callable[..., Tensor], x: Sequence[Tensor], mask: Tensor, do: Tensor, t: Sequence[Tensor]) -> Any:
+    """Output, its gradient, the double backward, forward over reverse and forward over forward."""
+    x = [y.clone().requires_grad_() for y in x]
+    out = attend(*x, attn_mask=mask)
+    first = torch.autograd.grad(out, x, do, create_graph=True)
+    second = torch.autograd.grad(first, x, t)
+
+    def loss(*y: Tensor) -> Tensor:
+        return (attend(*y, attn_mask=mask) * do).sum()
+
+    y = tuple(z.detach() for z in x)
+    curvature = torch.func.jvp(torch.func.grad(loss, argnums=(0, 1, 2)), y, tuple(t))[1]
+
+    def tangent(*z: Tensor) -> Tensor:
+        return torch.func.jvp(lambda *u: attend(*u, attn_mask=mask), z, tuple(t))[1]
+
+    mixed = torch.func.jvp(tangent, y, tuple(t))
+    return [z.detach() for z in (out, *first, *second, *curvature, *mixed)]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")  # of an exponent: it becomes -inf, as it should
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 5e-3)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [20, 150])
+@pytest.mark.parametrize("number", [-1e9, torch.finfo(torch.float32).min, 1e9])
+def test_a_row_whose_keys_are_all_masked_by_a_large_number(
+    number: float, keys: int, causal: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Beside it lse cannot hold how many keys there are.
+
+    Rows 0 of the first head and 5 of the second are such rows, row 1 sees two keys, the others all. 20 keys go to the
+    short kernels, 150 to the long ones. The truth is plain PyTorch in float32, which loses the scores beside the
+    number, too; float64 would not.
+    """
+    torch.manual_seed(0)
+    rows, width = (21, 4) if keys < 128 else (150, 8)
+    x = [make(2, n, width).to(dtype) for n in (rows, keys, keys)]
+    do, *t = (make(2, n, width).to(dtype) for n in (rows, rows, keys, keys))
+    mask = torch.zeros(2, rows, keys, device=DEVICE)
+    mask[0, 0], mask[0, 1, 2:], mask[1, 5] = number, -abs(number), number
+    found = outcomes(partial(fused, is_causal=causal), x, mask, do, t)
+    plain = [y.float() for y in x], mask, do.float(), [y.float() for y in t]
+    for mine, right in zip(found, outcomes(partial(naive_attention, is_causal=causal), *plain), strict=True):
+        assert mine.dtype == dtype
+        assert error(mine, right.double()) <= tolerance
+
+
 class ClearedByAnother(dict[Any, Any]):
     """Plans that another thread clears as soon as this one has looked. (Triton's interpreter has no threads.)"""
 
@@ -112,3 +159,34 @@ def test_plans_may_be_cleared_by_another_thread(monkeypatch: pytest.MonkeyPatch)
     call = make(1, 1, 3, 4), make(1, 1, 5, 4), make(1, 1, 5, 4)
     first = fused(*call)
     assert fused(*call).equal(first)
+
+
+@pytest.mark.parametrize("keys", [4, 130])
+@pytest.mark.parametrize("shared", ["key", "value"])
+def test_only_one_of_key_and_value_is_shared_by_the_heads(shared: str, keys: int) -> None:
+    """A program that sums over the heads of a shared key reads keys, values and tangents of the first head alone."""
+    q, k, v = make(2, 3, 4), make(2, keys, 4), make(2, keys, 4)
+    one, two = (k[0], v) if shared == "key" else (k, v[0])
+    x = (q, one, two)
+    t, do = [make(*y.shape) for y in x], make(2, 3, 4)
+    wanted = 1 if shared == "key" else 2
+
+    def loss(attend: Callable[..., Tensor], *y: Tensor) -> Tensor:
+        return (attend(*y) * do.to(y[0].dtype)).sum()
+
+    for argnums in ((wanted,), (0, wanted)):
+        exact = tuple(y.double() for y in x), tuple(y.double() for y in t)
+        mine = torch.func.jvp(torch.func.grad(partial(loss, fused), argnums=argnums), x, tuple(t))
+        right = torch.func.jvp(torch.func.grad(partial(loss, truth), argnums=argnums), *exact)
+        for a, b in zip((*mine[0], *mine[1]), (*right[0], *right[1]), strict=True):
+            assert error(a, b) <= FLOAT32
+
+
+def test_a_key_that_a_map_leaves_as_it_is_beside_values_of_each_task() -> None:
+    q, k, v = make(3, 5, 4), make(6, 4), make(3, 6, 4)
+
+    def loss(attend: Callable[..., Tensor], k: Tensor, q: Tensor, v: Tensor) -> Tensor:
+        return torch.vmap(lambda q, v: attend(q, k, v).sin())(q, v).sum()
+
+    mine = torch.func.grad(partial(loss, fused))(k, q, v)
+    assert error(mine, torch.func.grad(partial(loss, truth))(k.double(), q.double(), v.double())) <= FLOAT32

@@ -16,6 +16,7 @@ from theria.ops import blockwise, reference
 from theria.ops.operands import AttentionSpec, Operands, Tangents, batch_shape
 from theria.ops.triton import cotangents
 from theria.ops.triton import hvp as module
+from theria.ops.triton import masks as masks_of_kernels
 from theria.ops.triton.forward import forward
 from theria.ops.triton.hvp import hvp
 from theria.ops.triton.jvp import jvp
@@ -139,6 +140,14 @@ def test_several_tiles(tile, N, M, causal):
     """The diagonal and both tails cross tiles; as many rows as keys, fewer, and more."""
     with tiled(tile):
         check(case(*random_call(N, M, 8, 5, lead=(1,), is_causal=causal)))
+
+
+@pytest.mark.parametrize("heads", [3, 5])
+def test_causal_programs_are_dealt_out_by_several_heads(heads, monkeypatch):
+    """Of two heads at a time, with three blocks each, and of those that are left; every block is computed once."""
+    monkeypatch.setattr(masks_of_kernels, "TOGETHER", type(masks_of_kernels.TOGETHER)(7))
+    with tiled(Tile(16, 16, 1, 1)), override("jvp", Tile(16, 16, 1, 1)), override("forward", Tile(16, 16, 1, 1)):
+        check(case(*random_call(40, 45, 8, 5, lead=(heads,), is_causal=True)))
 
 
 @pytest.mark.parametrize("tile", SMALL)

@@ -14,10 +14,11 @@ from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
 from theria.ops.triton.cotangents import cotangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame
-from theria.ops.triton.masks import key_range, own_rows, row_range
+from theria.ops.triton.masks import key_range, own_keys, own_rows, row_range
 from theria.ops.triton.parts import load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
+from theria.ops.triton.row_sums import row_shares, with_share
 from theria.ops.triton.softmax import probabilities, scaled_scores
 from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
@@ -159,11 +160,9 @@ def hvp_dkv_kernel(
     """tdK (17) and tdV (18) of one block of keys; with S.GROUPED summed over the query heads of a key head."""
     DK: constexpr = dk is not None
     DV: constexpr = dv is not None
-    blocks = tl.cdiv(call.M, S.BLOCK_N)
-    first = tl.program_id(0) // blocks
+    first, col = own_keys(call, S)
     if S.GROUPED:
         first *= call.L3
-    col = (tl.program_id(0) % blocks) * S.BLOCK_N
     lead = coordinates(first, call)
     of_keys = load_factors(key_factors, first, col, call.M, S.BLOCK_N)
     k_tile = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
@@ -210,6 +209,8 @@ def hvp(
 
     ``stats``: the packed row statistics, where the jvp has left them.
     """
+    shares = row_shares(ops, lse, spec)
+    do, tdo = with_share(do, shares), None if tdo is None else with_share(tdo, shares)
     frame = Frame(ops, spec, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
     if stats is None:
         stats = row_stats(frame, lse, tau)

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton.dropout import drop, keep_factor
+from theria.ops.triton.forward_jvp import forward_jvp
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import PADDING, new_stats, store_stats
+from theria.ops.triton.row_sums import has_additive_mask
 from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
@@ -88,8 +90,12 @@ def jvp_and_stats(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """to, tau, and the row statistics that the hvp along the same direction needs, which spares it a pass over rows.
 
-    They are None without ``do``, and where the rows of their padding would need programs of their own.
+    They are None without ``do``, and where the rows of their padding would need programs of their own. With an additive
+    mask, too: lse does not make the rows of P add up to 1 then (:mod:`theria.ops.triton.row_sums`), and the kernel that
+    computes their sums beside the tangent takes the place of this one.
     """
+    if has_additive_mask(ops):
+        return *forward_jvp(ops, t, spec)[2:], None
     frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v, do=do, tdo=tdo)
     frame = with_parts(frame, OPERANDS)
     stats = new_stats(frame, 4) if do is not None and frame.N % PADDING.value == 0 else None

@@ -12,6 +12,7 @@ from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import load_operand, score_product, weighted_sum
+from theria.ops.triton.row_sums import row_shares
 from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store
 from theria.ops.triton.tiles import select
@@ -94,7 +95,7 @@ def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common,
 
 @triton.jit(do_not_specialize=["strides", "call"])
 def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, ttv, to,
-                   lse, tau1, tau2, row_factors, key_factors, value_factors, strides, call,
+                   lse, tau1, tau2, shares, row_factors, key_factors, value_factors, strides, call,
                    S: constexpr):  # fmt: skip
     """``to`` (*L, N, E), the mixed tangent, of one block of rows."""
     head, row = own_rows(call, S)
@@ -120,6 +121,8 @@ def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, 
                           common, row, col, col >= plain, S)  # fmt: skip
     o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     acc -= sums[:, None] * o_tile.to(tl.float32)
+    if shares is not None:
+        acc *= load_row(at_row(shares, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)[:, None]
     store(at(to, strides.to, lead, S.VEC), acc, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
 
 
@@ -143,7 +146,8 @@ def jvp_jvp(
     moved = {"tq": t1.q, "tk": t1.k, "tv": t1.v, "tq2": t2.q, "tk2": t2.k, "tv2": t2.v}
     frame = with_parts(Frame(ops, spec, o=o, **moved, ttq=t12.q, ttk=t12.k, ttv=t12.v), OPERANDS, GROUPS)
     tile = select("jvp_jvp", frame)
-    rows = tuple(frame.rows(x) for x in (lse, tau1, tau2))
+    shares = row_shares(ops, lse, spec)
+    rows = tuple(None if x is None else frame.rows(x) for x in (lse, tau1, tau2, shares))
     tto = frame.new_output("to")
     tensors, strides, call, static = frame.describe(NAMES, tile)
     parts = tuple(factors(frame, group) for group in GROUPS)

@@ -105,6 +105,11 @@ class Frame:
             if collapse(tuple(self.lead), steps, True) is not None:
                 break
 
+    @property
+    def additive(self) -> bool:
+        """Whether the call has an additive mask."""
+        return "mask" in self.tensors and self.tensors["mask"].is_floating_point()
+
     def rows(self, x: Tensor) -> Tensor:
         """A row statistic as kernels read it: contiguous (*L, N)."""
         shape = (*self.lead, self.N)
@@ -150,9 +155,15 @@ class Frame:
         return _empty_in_order(self.tensors[name[-1]], tuple(shape), self.dtype).copy_(sum_to(x, shape))
 
     def sums_last(self, *shapes: torch.Size | None) -> bool:
-        """Whether every wanted cotangent is a sum over the last leading dimension (grouped queries)."""
+        """Whether one program may sum over the last leading dimension (grouped queries).
+
+        Every wanted cotangent has to be such a sum, and all that belongs to keys has to be shared there: the program
+        reads it once. One of key and value may be shared and the other not.
+        """
         wanted = [shape for shape in shapes if shape is not None]
-        return bool(self.lead) and self.lead[-1] > 1 and bool(wanted) and all(shape[-3] == 1 for shape in wanted)
+        read = [self.tensors[name].shape for name in ("k", "v", "tk", "tv") if name in self.tensors]
+        many = bool(self.lead) and self.lead[-1] > 1 and bool(wanted)
+        return many and all(shape[-3:-2] in ((), (1,)) for shape in (*wanted, *read))
 
     def describe(
         self, names: Sequence[str], tile: Tile, grouped: bool = False
@@ -175,6 +186,7 @@ class Frame:
             self.spec,
             tile,
             grouped,
+            self.additive,
         )
         return tensors, *described
 
@@ -193,6 +205,7 @@ def _describe(
     spec: AttentionSpec,
     tile: Tile,
     grouped: bool,
+    additive: bool,
 ) -> tuple[Strides, Call, Static]:
     """What :meth:`Frame.describe` says about tensors of these layouts.
 
@@ -222,6 +235,7 @@ def _describe(
         EVEN_M=M % tile.keys == 0,
         VEC=vec,
         PRECISION=precision,
+        NATURAL=precision != "ieee" or additive,
         ROW_D=_common_row([layout for layout in operands if layout[0] not in WIDE_E]),
         ROW_E=_common_row([layout for layout in operands if layout[0] in WIDE_E]),
         HELD=tile.held,

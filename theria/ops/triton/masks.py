@@ -49,7 +49,7 @@ def mask_scores(
         entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
         exists = (rows < call.N) & (cols < call.M)
         if mask.dtype.element_ty.is_floating():
-            x += tl.load(entries, mask=exists, other=0.0).to(tl.float32) * UNIT
+            x += tl.load(entries, mask=exists, other=float("-inf")).to(tl.float32) * UNIT
         else:
             x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
     if S.CAUSAL or not S.EVEN_M:  # noqa: SIM102 - decided as it is compiled, the next as it runs
@@ -62,15 +62,43 @@ def mask_scores(
     return x
 
 
+TOGETHER = tl.constexpr(1024)  # programs, over whose heads the longest come first: some waves of a GPU
+
+
+@device
+def own_block(blocks, S: constexpr) -> Any:
+    """(head, block) of this program, of ``blocks`` a head; with causality the first block is that with the most work.
+
+    Head by head, so that the programs that run at a time share a head's keys in the cache. With causality by several
+    heads, of each the first block, of each the second: head by head, the long programs of the last head would start
+    when there is nothing left to do beside them.
+    """
+    program = tl.program_id(0)
+    if S.CAUSAL:
+        heads = tl.maximum(TOGETHER // blocks, 1)
+        first = program // (heads * blocks) * heads
+        within = program - first * blocks
+        heads = tl.minimum(heads, tl.num_programs(0) // blocks - first)
+        return first + within % heads, within // heads
+    else:
+        return program // blocks, program % blocks
+
+
 @device
 def own_rows(call, S: constexpr):
     """(head, first row) of this program; the blocks of a head that see the most keys come first."""
     blocks = tl.cdiv(call.N, S.BLOCK_M)
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    head, block = own_block(blocks, S)
     if S.CAUSAL:
         block = blocks - 1 - block
     return head, block * S.BLOCK_M
+
+
+@device
+def own_keys(call, S: constexpr):
+    """(head, first key) of this program; the blocks of a head that the most rows see come first."""
+    head, block = own_block(tl.cdiv(call.M, S.BLOCK_N), S)
+    return head, block * S.BLOCK_N
 
 
 @triton.jit

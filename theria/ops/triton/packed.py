@@ -158,7 +158,7 @@ def row_sum(x):
 @triton.jit
 def scaled_scores(q, k, mask, strides, lead, row, call, PACK: constexpr, S: constexpr):
     """Sᵀ (1) in the unit of ``softmax.pivot``, masked: (keys, rows) or (heads, keys, rows), all keys of a head."""
-    UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0
+    UNIT: constexpr = 1.0 if S.NATURAL else LOG2E
     x = product_with_transposed(k, q, None, S) * (call.scale * UNIT)
     rows, cols = _each_row(row, PACK, S), _each_key(PACK, S)
     if mask is not None:
@@ -166,7 +166,7 @@ def scaled_scores(q, k, mask, strides, lead, row, call, PACK: constexpr, S: cons
         entries += rows.to(tl.int64) * strides.mask[4] + cols.to(tl.int64) * strides.mask[5]
         exists = (rows < call.N) & (cols < call.M) & (lead[3] >= 0)  # with the shape of ``entries``
         if mask.dtype.element_ty.is_floating():
-            x += tl.load(entries, mask=exists, other=0.0).to(tl.float32) * UNIT
+            x += tl.load(entries, mask=exists, other=float("-inf")).to(tl.float32) * UNIT
         else:
             x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
     if not S.EVEN_M:

@@ -30,13 +30,14 @@ def _weights(q, k, lse, mask, strides, lead, head, row, call, PACK: constexpr, S
     pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), S)
     x = scaled_scores(q, k, mask, strides, lead, row, call, PACK, S)
     p = probabilities(x, pivots, S)
-    if S.PRECISION == "ieee":
-        return p
-    else:
+    if S.NATURAL:
         # Σ P of a row is 1 up to the rounding of lse and of exp2; times what the keys of a row have in common in dP or
-        # tS, this is what (6) and (13), where only differences count, would be off by.
+        # tS, this is what (6) and (13), where only differences count, would be off by. Where an additive mask is a
+        # large number on all keys, lse has lost how many they are (:mod:`theria.ops.triton.row_sums`).
         total = row_sum(p)
         return p / tl.where(total == 0.0, 1.0, total)
+    else:
+        return p
 
 
 @triton.jit

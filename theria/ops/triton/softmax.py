@@ -1,8 +1,8 @@
 """Scores and probabilities: one recompute of P for every order, the same way to the last bit.
 
 Exponents are of base 2. In half precision the scale and log₂e are one factor, so that an exponent is one fused
-multiply-add of a score. In float32 the difference S − lse is rounded before that factor: lse·log₂e on its own would
-cost the accuracy at large scores.
+multiply-add of a score. In float32, and with an additive mask, the difference S − lse is rounded before that factor
+(S.NATURAL): lse·log₂e on its own would cost the accuracy at large scores, and a mask of -1e9 makes large ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def scaled_scores(q, k, mask, strides, lead, row, col, call, edge, TRANSPOSED: constexpr, S: constexpr):
     """S (1) of the tile at (row, col) in the unit of :func:`pivot`, masked (:func:`theria.ops.triton.masks`)."""
-    UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0
+    UNIT: constexpr = 1.0 if S.NATURAL else LOG2E
     x = score_product(q, k, None, TRANSPOSED, S) * (call.scale * UNIT)
     return mask_scores(x, mask, strides, lead, row, col, call, edge, UNIT, TRANSPOSED, S)
 
@@ -36,7 +36,7 @@ def online_weights(top, q, k, mask, strides, lead, row, col, call, edge, S: cons
     Returns:
         The weights, what the sums of the tiles before shrink by, and the maxima with this tile.
     """
-    UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0
+    UNIT: constexpr = 1.0 if S.NATURAL else LOG2E
     ADDITIVE: constexpr = mask is not None and mask.dtype.element_ty.is_floating()
     if ADDITIVE:
         x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
@@ -53,23 +53,23 @@ def online_weights(top, q, k, mask, strides, lead, row, col, call, edge, S: cons
 @triton.jit
 def logarithm(top, total, S: constexpr):
     """lse (2) of rows from their maxima and the sums of their weights, 1 for a row that sees no key."""
-    if S.PRECISION == "ieee":
-        return (top + tl.log2(total)) * LN2
-    else:
+    if S.NATURAL:
         return top + tl.log(total)
+    else:
+        return (top + tl.log2(total)) * LN2
 
 
 @triton.jit
 def pivot(lse, S: constexpr):
     """lse in the unit of :func:`scaled_scores`; 0 for a row that sees no key, whose scores are all −inf."""
-    UNIT: constexpr = LOG2E if S.PRECISION == "ieee" else 1.0
+    UNIT: constexpr = 1.0 if S.NATURAL else LOG2E
     return tl.where(lse == float("-inf"), 0.0, lse * UNIT)
 
 
 @triton.jit
 def probabilities(x, pivots, S: constexpr):
     """P (2) from :func:`scaled_scores` and :func:`pivot`, which the caller broadcasts along the rows."""
-    if S.PRECISION == "ieee":
-        return tl.exp2(x - pivots)
-    else:
+    if S.NATURAL:
         return tl.exp2((x - pivots) * LOG2E)
+    else:
+        return tl.exp2(x - pivots)

@@ -80,6 +80,7 @@ class Static:
         EVEN_N, EVEN_M: the tiles divide the rows, the keys.
         VEC: elements in 16 bytes when every address of the call divides by 16 bytes, else 1.
         PRECISION: what ``tl.dot`` does with float32 operands; "ieee" if they are of half precision.
+        NATURAL: exponents are of base e, as lse is, and not of base 2 (:mod:`theria.ops.triton.softmax`).
         ROW_D, ROW_E: the stride that all rows of width D, of width E have in common; 0 where there is none. As a
             constant it saves some thirty registers a thread.
         HELD: left operands that a loop does not change stay in registers.
@@ -99,6 +100,7 @@ class Static:
     EVEN_M: bool
     VEC: int
     PRECISION: str
+    NATURAL: bool = False
     ROW_D: int = 0
     ROW_E: int = 0
     HELD: bool = False

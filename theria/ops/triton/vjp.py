@@ -14,10 +14,11 @@ from theria.ops.operands import AttentionSpec, Operands, Shapes
 from theria.ops.triton.cotangents import cotangents
 from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.launch import Frame
-from theria.ops.triton.masks import key_range, own_rows, row_range
+from theria.ops.triton.masks import key_range, own_keys, own_rows, row_range
 from theria.ops.triton.parts import load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
+from theria.ops.triton.row_sums import row_shares, with_share
 from theria.ops.triton.softmax import probabilities, scaled_scores
 from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
@@ -102,9 +103,7 @@ def vjp_dkv_kernel(q, k, v, mask, seed, do, dk, dv, stats, row_factors, key_fact
     """dK (8) and dV (7) of one block of keys; with S.GROUPED summed over the query heads of a key head."""
     DK: constexpr = dk is not None
     DV: constexpr = dv is not None
-    blocks = tl.cdiv(call.M, S.BLOCK_N)
-    first = tl.program_id(0) // blocks
-    col = (tl.program_id(0) % blocks) * S.BLOCK_N
+    first, col = own_keys(call, S)
     if S.GROUPED:
         first *= call.L3
     lead = coordinates(first, call)
@@ -135,6 +134,6 @@ def vjp(
     ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, None; see :func:`theria.ops.reference.vjp`."""
-    frame = Frame(ops, spec, o=o, do=do)
+    frame = Frame(ops, spec, o=o, do=with_share(do, row_shares(ops, lse, spec)))
     stats = row_stats(frame, lse)
     return cotangents("vjp", (vjp_dq_kernel, vjp_dkv_kernel), READS, with_parts(frame, READS), stats, shapes)

@@ -1,0 +1,78 @@
+"""Rows of P under an additive mask, whose sums lse cannot make 1.
+
+A mask may be a large number on every key that a row sees (-1e9, the dtype's lowest). Its lse is then that number, the
+logarithm of how many keys there are is lost beside it, and exp(S − lse) sums to their count. So each rule first adds
+these rows up, at the cost of one more product, and has P as exp(S − lse) times the *share* 1 / rowsum.
+
+Every derivative of (5)-(22) is linear in P where delta, tau and the like are given, and those of :mod:`.vjp` and
+:mod:`.hvp` are linear in (dO, tdO), too: there dO and tdO take the share (:func:`with_share`), and the kernels need not
+know of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from theria.ops.operands import AttentionSpec, Operands
+from theria.ops.triton import plans
+from theria.ops.triton.launch import Frame, launch
+from theria.ops.triton.masks import key_range, own_rows
+from theria.ops.triton.parts import factors, load_factors, with_parts
+from theria.ops.triton.products import left_operand, load_operand
+from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
+from theria.ops.triton.tensors import at_row, constexpr, coordinates, load_row, store_row
+from theria.ops.triton.tiles import select
+
+OPERANDS = ("q", "k")
+NAMES = ("q", "k", "mask")
+
+
+@triton.jit(do_not_specialize=["strides", "call"])
+def row_sums_kernel(q, k, mask, lse, shares, row_factors, key_factors, strides, call, S: constexpr):
+    """``shares`` (*L, N) of one block of rows; 1 for a row that sees no key."""
+    head, row = own_rows(call, S)
+    lead = coordinates(head, call)
+    of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
+    q_tile = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
+    q_tile = left_operand(q_tile, S)
+    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), S)
+    total = tl.zeros((S.BLOCK_M,), tl.float32)
+    plain, end = key_range(row, call, S)
+    for col in range(0, end, S.BLOCK_N):
+        of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
+        k_tile = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+        x = scaled_scores(q_tile, k_tile, mask, strides, lead, row, col, call, col >= plain, False, S)
+        total += tl.sum(probabilities(x, pivots[:, None], S), 1)
+    shares_row = 1.0 / tl.where(total == 0.0, 1.0, total)
+    store_row(at_row(shares, head, call), shares_row, row, call.N, S.BLOCK_M, S.EVEN_N)
+
+
+def has_additive_mask(ops: Operands) -> bool:
+    """Whether the rows of a call need their shares."""
+    return ops.mask is not None and ops.mask.is_floating_point()
+
+
+def row_shares(ops: Operands, lse: Tensor, spec: AttentionSpec) -> Tensor | None:
+    """1 / rowsum(exp(S − lse)), float32 (*L, N); None without an additive mask, where it is 1 up to rounding."""
+    if not has_additive_mask(ops):
+        return None
+    frame = with_parts(Frame(ops._replace(seed=None), spec), OPERANDS)
+    tile = select("forward", frame)
+    shares = frame.new_rows()
+    tensors, strides, call, static = frame.describe(NAMES, tile)
+    programs = -(-frame.N // tile.rows) * frame.heads
+    args = (*tensors, frame.rows(lse), shares, factors(frame, "rows"), factors(frame, "keys"), strides, call)
+    launch(row_sums_kernel, programs, frame, args, static, tile)
+    return shares
+
+
+def with_share(x: Tensor, shares: Tensor | None) -> Tensor:
+    """Rows (*L, N, E) times their shares, rounded once to the dtype of x; x itself where there are none."""
+    if shares is None:
+        return x
+    plans.unplanned()
+    factor = shares[..., None]
+    return torch.mul(x, factor, out=x.new_empty(torch.broadcast_shapes(x.shape, factor.shape)))
