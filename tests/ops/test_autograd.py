@@ -1,16 +1,20 @@
 """The wiring under torch.autograd: gradcheck, partial gradients, masks, checkpointing, hooks."""
 
+import itertools
+import re
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from tests.tolerances import CUSTOM_F64
-from theria.ops import sdpa, sdpa_hvp, sdpa_vjp
+from theria.ops import DtypeError, UnsupportedError, explain, sdpa, sdpa_hvp, sdpa_vjp
 from theria.testing import difference, make_sample, masks, naive_attention
 
 BACKENDS = ["reference", "custom"]
@@ -157,6 +161,40 @@ def test_autocast_casts_the_inputs_and_nothing_inside(backend: str) -> None:
     assert out.equal(outside) or backend == "reference"
 
 
+@backends
+@pytest.mark.parametrize("dtypes", list(itertools.permutations([torch.bfloat16, torch.float16])), ids=str)
+def test_autocast_takes_a_mask_of_the_other_half_dtype(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """As F.scaled_dot_product_attention; with its derivative, and without rounding it."""
+    inside, other = dtypes
+    q, k, v = (torch.randn(2, 3, 8, 4) for _ in range(3))
+    mask = torch.randn(8, 8).to(other).requires_grad_()
+    with torch.autocast("cpu", dtype=inside):
+        out = sdpa(q, k, v, mask, backend=backend)
+        assert out.dtype == F.scaled_dot_product_attention(q, k, v, mask).dtype == inside
+        assert explain(q, k, v, mask).backend == "custom"
+    (found,) = torch.autograd.grad(out, mask, torch.ones_like(out))
+    rounded = [x.to(inside).double() for x in (q, k, v)]
+    leaf = mask.detach().double().requires_grad_()
+    exact = naive_attention(*rounded, attn_mask=leaf)
+    (expected,) = torch.autograd.grad(exact, leaf, torch.ones_like(exact))
+    assert difference([out], [exact]) <= 4 * torch.finfo(inside).eps
+    assert difference([found], [expected]) <= 16 * max(torch.finfo(x).eps for x in dtypes)
+
+
+def test_explain_says_what_a_call_under_autocast_does() -> None:
+    q, k, v = (torch.randn(2, 3, 8, 4) for _ in range(3))
+    mask = torch.zeros(8, 8, dtype=torch.bfloat16)
+    with pytest.raises(DtypeError, match="attn_mask has dtype"):
+        explain(q, k, v, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert explain(q, k.bfloat16(), v, mask).backend == "custom"
+        assert sdpa(q, k.bfloat16(), v, mask).dtype == torch.bfloat16
+        said = explain(q, k, v, backend="triton")
+        assert said.backend is None
+        with pytest.raises(UnsupportedError, match=re.escape(said.rejected["triton"])):
+            sdpa(q, k, v, backend="triton")
+
+
 def test_explicit_results_are_differentiable_or_raise() -> None:
     """Nothing is detached silently: one more derivative of an explicit vjp is exact, of an explicit hvp raises."""
     sample = make_sample()
@@ -175,3 +213,16 @@ def test_inputs_are_never_written() -> None:
     sdpa_hvp(*sample.x, sample.do, *sample.t, **sample.options, backend="custom")
     after = (*sample.x, sample.do, *sample.t, sample.options["attn_mask"])
     assert all(a.equal(b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_gradient_of_a_tangent_is_taken_after_its_level() -> None:
+    """Inside the level PyTorch asks for the tangent of that gradient as well; the truth is double backward."""
+    sample = make_sample()
+    q, k, v, t = *sample.leaves(), sample.t[0]
+    with fwad.dual_level():
+        tangent: Any = fwad.unpack_dual(sdpa(fwad.make_dual(q.detach(), t), k, v, backend="custom")).tangent
+        with pytest.raises(NotImplementedError, match=r"third-order.*take the gradient of a tangent after the level"):
+            torch.autograd.grad(tangent, k, sample.do, retain_graph=True)
+    found = torch.autograd.grad(tangent, k, sample.do)
+    (dq,) = torch.autograd.grad(naive_attention(q, k, v), q, sample.do, create_graph=True)
+    assert difference(found, torch.autograd.grad(dq, k, t)) <= CUSTOM_F64

@@ -1,5 +1,6 @@
 """Calls that once gave a wrong number or an internal error; each now is right or says what is wrong."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from torch import Tensor
 
 import theria
 from tests.tolerances import CUSTOM_F64, HVP_FD_F64
-from theria.ops import ArgumentError, DtypeError, hvp_fd_vjp, sdpa, sdpa_forward, sdpa_hvp, sdpa_jvp, sdpa_vjp
+from theria.ops import ArgumentError, DtypeError, hvp_fd_vjp, sdpa, sdpa_forward, sdpa_hvp, sdpa_jvp, sdpa_vjp, sweep
 from theria.testing import difference, make_sample, naive_attention
 
 backends = pytest.mark.parametrize("backend", ["reference", "custom"])
+MASKED_OUT = [-1e9, torch.finfo(torch.float32).min, 1e9]
 
 
 def test_a_tensor_scale_is_refused_instead_of_losing_its_gradient() -> None:
@@ -32,7 +34,7 @@ def test_finite_differences_refuse_residuals() -> None:
 
 
 @backends
-@pytest.mark.parametrize("number", [-1e9, torch.finfo(torch.float32).min, 1e9])
+@pytest.mark.parametrize("number", MASKED_OUT)
 def test_a_row_whose_keys_are_all_masked_by_a_large_number(backend: str, number: float) -> None:
     """lse, which is that number, cannot hold how many keys there are; PyTorch's softmax can. Row 0 is such a row, row 1
     sees two keys, the others all; first derivatives, and the double backward along fixed cotangents."""
@@ -52,6 +54,49 @@ def test_a_row_whose_keys_are_all_masked_by_a_large_number(backend: str, number:
     found = derivatives(lambda *args: sdpa(*args, backend=backend))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # float32, sums in another order
+
+
+@pytest.mark.parametrize("backend", ["reference", "custom"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("number", [torch.finfo(torch.float32).min, torch.finfo(torch.float32).max])
+def test_a_float32_number_beyond_half_precision_on_every_key(number: float, dtype: torch.dtype, backend: str) -> None:
+    """It is no -inf: such a row attends to all of its keys alike. Beside plain PyTorch in float32."""
+    torch.manual_seed(0)
+    x = [torch.randn(2, 5, 4, dtype=dtype, requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(5, 5)
+    mask[0], do = number, torch.randn(2, 5, 4, dtype=dtype)
+    plain = [y.detach().float().requires_grad_() for y in x]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        right = F.scaled_dot_product_attention(plain[0], plain[1], plain[2], mask)
+    mine = sdpa(x[0], x[1], x[2], mask, backend=backend)
+    expected, found = torch.autograd.grad(right, plain, do.float()), torch.autograd.grad(mine, x, do)
+    for a, b in zip((mine, *found), (right, *expected), strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_a_row_whose_scores_are_all_enormous() -> None:
+    """Without a mask, too, lse cannot hold beside 1.8e7 how many keys there are."""
+    q, k = torch.full((1, 3, 4), 3000.0), torch.full((1, 5, 4), 3000.0)
+    v, do = torch.randn(1, 5, 4, requires_grad=True), torch.randn(1, 3, 4)
+    (dv,) = torch.autograd.grad(sdpa(q, k, v, backend="custom"), v, do)
+    torch.testing.assert_close(dv, do.mean(1, keepdim=True).expand(1, 5, 4) * 3 / 5)
+
+
+@backends
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # of PyTorch's own folding
+def test_linearize_gives_the_same_at_every_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It folds what is constant in a recorded graph; what a rule wrote in place there was lost, or added again."""
+    monkeypatch.setitem(sweep.TILE_ELEMENTS, "cpu", 1)  # blocks of 32 rows
+    s = make_sample((2,), 40, 7)
+    attend: Any = partial(sdpa, backend=backend)
+    gradient: Any = torch.func.grad(lambda *x: attend(*x).sin().sum(), argnums=(0, 1, 2))
+    for f in (attend, gradient):
+        _, along = torch.func.linearize(f, *s.x)
+        for scale in (1.0, -2.0, 0.0):
+            t = [scale * y for y in s.t]
+            exact, found = torch.func.jvp(f, tuple(s.x), tuple(t))[1], along(*t)
+            pairs = ([found], [exact]) if isinstance(found, Tensor) else (found, exact)
+            assert difference(*pairs) <= CUSTOM_F64
 
 
 def test_a_boolean_mask_has_no_tangent() -> None:

@@ -13,13 +13,15 @@ jvp of Jvp                            JvpJvp + Jvp of the mixed tangents, in one
 backward of Hvp                       for its tangents, in which it is linear: Hvp (it is symmetric) and Jvp
 jvp of Hvp                            along its tangents alone: Hvp
 anything else of Hvp and JvpJvp       third order: raises
+both of LogSumExp                     Forward and Vjp with the keys as values
 ====================================  =====================================================================
 
 Hvp needs what Jvp gives along the same direction, and a backend may have one kernel for both: wherever both are wanted
 they are one Function, JvpHvp, whose derivatives are those of its two halves.
 
 ``o``, ``lse``, ``to`` and ``tau`` enter as residuals: functions of the operands whose own gradient slots return None,
-because the formulas are already total derivatives.
+because the formulas are already total derivatives. The rules give ``lse`` and ``tau`` without derivatives;
+:func:`log_sum_exp` and :func:`log_sum_exp_tangent` have them, for a caller who is given these, too.
 
 Third order is guarded by backwards that raise; :class:`ThirdOrder` raises exactly where a derivative with respect to an
 operand of Hvp is asked for. ``once_differentiable`` would not do: under ``autograd.grad(inputs=)`` it drops terms
@@ -28,6 +30,7 @@ without an error.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -38,8 +41,11 @@ import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
+from torch.func import functionalize
 
-from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
+from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape, sum_to
+from theria.ops.sweep import compute_dtype
+from theria.ops.transforms import recorded
 
 # The modules that implement forward, vjp, jvp, hvp, jvp_jvp and, if they can do better than one after the other,
 # jvp_hvp (jvp, hvp) and forward_jvp (forward, jvp: :mod:`theria.ops.duals`). Each is imported when it is first used:
@@ -64,6 +70,8 @@ def autocasts(device: str) -> bool:
 def call(name: str, spec: AttentionSpec, *args: Any) -> Any:
     """Run a rule. Its dtypes are its own business: autocast must not reach into it."""
     rule = getattr(rules(spec.backend), name, _jvp_then_hvp)
+    if recorded():  # torch.func.linearize folds what is constant in a graph, and loses what was written in place there
+        rule = functionalize(rule)
     device = args[0].q.device.type
     if autocasts(device):
         with torch.autocast(device, enabled=False):
@@ -80,13 +88,19 @@ def _jvp_then_hvp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents
 
 
 def _third_order(name: str, spec: AttentionSpec) -> NotImplementedError:
-    return NotImplementedError(
+    message = (
         f"third-order derivative: backend '{spec.backend}' has exact first and second derivatives, and this call "
         f"differentiates its {name} rule once more. Use backend='reference', which has every order (materialised)."
     )
+    if fwad._current_level >= 0 and not torch._C._are_functorch_transforms_active():
+        message += (
+            " Inside forward_ad.dual_level a gradient gets a tangent too, one order more: where that is not wanted, "
+            "take the gradient of a tangent after the level has ended."
+        )
+    return NotImplementedError(message)
 
 
-def _differentiable() -> bool:
+def differentiable() -> bool:
     """Whether what is computed now may be differentiated; not inside most backward passes, nor under ``no_grad``."""
     return torch.is_grad_enabled() or fwad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
@@ -394,27 +408,126 @@ class JvpJvp(_Rule):
         raise _third_order("jvp_jvp", ctx.spec)
 
 
+def _of_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> tuple[Any, AttentionSpec]:
+    """Operands with other values ``v`` (*L, M, D), and without dropout, which lse does not know."""
+    return Operands(q, k, v, mask, None), replace(spec, dropout_p=0.0)
+
+
+class LogSumExp(_Rule):
+    """q, k, mask, lse, spec -> lse, which is differentiated (2): w ↦ dQ = c w∘(PK), dK = c Pᵀ(w∘Q); t ↦ tau (11)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *_, lse, _ = args
+        return lse.view_as(lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.spec = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:3])
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (w,), (q, k, mask) = cotangents, ctx.saved_tensors
+        if w is None:
+            return (None,) * 5
+        if ctx.needs_input_grad[2]:
+            raise _of_mask(ctx.spec)
+        ops, spec = _of_keys(q, k, k, mask, ctx.spec)
+        means, lse = forward(ops, spec)
+        w = spec.scale * sum_to(w, lse.shape)[..., None]  # lse also has the leading dimensions that only V has
+        dq = sum_to(w * means, q.shape).to(q.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dq, None, None, None, None
+        *_, dk, _ = vjp(ops, means, lse, (w * q).to(q.dtype), spec, (None, None, k.shape, None))
+        return dq, dk, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        q, k, mask, lse = ctx.saved_tensors
+        tq, tk, tmask, *_ = tangents
+        tau = log_sum_exp_tangent(Operands(q, k, k, mask, None), Tangents(tq, tk, mask=tmask), ctx.spec)
+        return tau.expand_as(lse)
+
+
+class AlongMask(_Rule):
+    """tau, what it depends on, spec -> tau along a tangent of the mask, whose own derivative raises."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return args[0].view_as(args[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.spec, ctx.count = inputs[-1], len(inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        if _any(cotangents):
+            raise _of_mask(ctx.spec)
+        return (None,) * ctx.count
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise _of_mask(ctx.spec)
+
+
+def _of_mask(spec: AttentionSpec) -> NotImplementedError:
+    return NotImplementedError(
+        f"backend '{spec.backend}' has no derivative of lse with respect to attn_mask, nor of its tangent along one of "
+        f"attn_mask. Use backend='reference', or detach lse or its tangent."
+    )
+
+
+def log_sum_exp(ops: Operands, lse: Tensor, spec: AttentionSpec) -> Tensor:
+    """``lse`` of :func:`forward` with its first and second derivatives, for which P is computed again."""
+    if not differentiable():
+        return lse
+    return LogSumExp.apply(ops.q, ops.k, ops.mask, lse, spec)
+
+
+def log_sum_exp_tangent(ops: Operands, t: Tangents, spec: AttentionSpec) -> Tensor:
+    """tau = c rowsum(tQ∘(PK) + Q∘(P tK)), which is (11), by outputs that can be differentiated.
+
+    Along a tangent of the mask it is that of :func:`jvp`, and its derivative raises NotImplementedError.
+    """
+    if t.mask is not None:
+        of_keys, spec = _of_keys(ops.q, ops.k, ops.k, ops.mask, spec)
+        _, tau = jvp(of_keys, *forward(of_keys, spec), t._replace(v=None), spec)
+        return AlongMask.apply(tau, ops.q, ops.k, ops.mask, *t, spec)
+    dtype = compute_dtype(ops.q.dtype)
+    tau = ops.q.new_zeros((*batch_shape(*ops, *t), ops.q.shape[-2]), dtype=dtype)
+    for x, values in ((t.q, ops.k), (ops.q, t.k)):
+        if x is not None and values is not None:
+            means, _ = forward(*_of_keys(ops.q, ops.k, values, ops.mask, spec))
+            tau = tau + spec.scale * (x.to(dtype) * means.to(dtype)).sum(-1)
+    return tau
+
+
 # The five rules under the signatures of the reference, differentiable as far as the closure goes. Where nothing can be
 # differentiated they are called without their Function.
 
 
 def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """o, lse; see :func:`theria.ops.reference.forward`."""
-    if not _differentiable():
+    if not differentiable():
         return call("forward", spec, ops, spec)
     return Forward.apply(*ops, spec)  # type: ignore[return-value]
 
 
 def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes) -> Any:
     """dq, dk, dv, dmask; see :func:`theria.ops.reference.vjp`."""
-    if not _differentiable():
+    if not differentiable():
         return call("vjp", spec, ops, o, lse, do, spec, shapes)
     return Vjp.apply(*ops, o, lse, do, spec, _Shapes(shapes))
 
 
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> Any:
     """to, tau; see :func:`theria.ops.reference.jvp`."""
-    if not _differentiable():
+    if not differentiable():
         return call("jvp", spec, ops, o, lse, t, spec)
     return Jvp.apply(*ops, o, lse, *t, spec)
 
@@ -432,7 +545,7 @@ def hvp(
     shapes: Shapes,
 ) -> Any:
     """tdq, tdk, tdv, tdmask; see :func:`theria.ops.reference.hvp`."""
-    if not _differentiable():
+    if not differentiable():
         return call("hvp", spec, ops, o, lse, do, t, tdo, to, tau, spec, shapes)
     *operands, guarded = _guarded(ops, do, spec)
     return Hvp.apply(*operands, ops.seed, o, lse, guarded, *t, tdo, to, tau, spec, _Shapes(shapes))
@@ -453,7 +566,7 @@ def jvp_hvp(
     shapes: Shapes,
 ) -> Any:
     """to, tau, tdq, tdk, tdv, tdmask: :func:`jvp` and then :func:`hvp` along the same direction."""
-    if not _differentiable():
+    if not differentiable():
         return call("jvp_hvp", spec, ops, o, lse, do, t, tdo, spec, shapes)
     return JvpHvp.apply(*ops, o, lse, *t, tdo, *_guarded(ops, do, spec), spec, _Shapes(shapes))
 
@@ -480,6 +593,6 @@ def jvp_jvp(
     spec: AttentionSpec,
 ) -> Any:
     """tto; see :func:`theria.ops.reference.jvp_jvp`."""
-    if not _differentiable():
+    if not differentiable():
         return call("jvp_jvp", spec, ops, o, lse, t1, t2, t12, tau1, tau2, spec)
     return JvpJvp.apply(*ops, o, lse, *t1, *t2, *t12, tau1, tau2, spec)

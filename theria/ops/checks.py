@@ -7,6 +7,9 @@ The exceptions are the built-in ones that fit (``ValueError``, ``TypeError``, ``
 from __future__ import annotations
 
 import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -20,6 +23,10 @@ from theria.ops.capabilities import (
     interpreted,
 )
 from theria.ops.transforms import differentiated
+
+# Numbers of Python, of NumPy (by their abstract classes) and of a traced graph in which they may vary.
+INTEGER = (int, Integral, torch.SymInt)
+NUMBER = (float, *INTEGER, Real, torch.SymFloat)
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -133,10 +140,16 @@ def check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"enable_gqa=True needs a head dimension; {name} has shape {tuple(x.shape)}, and "
                 f"(..., H, length, width) is needed."
             )
-        if query.shape[-3] % x.shape[-3] if x.shape[-3] else query.shape[-3]:
+        heads, groups = query.shape[-3], x.shape[-3]
+        if heads == 0 and groups > 1:
             raise ArgumentError(
-                f"enable_gqa=True needs the number of query heads to be a multiple of {name}'s; given "
-                f"{query.shape[-3]} and {x.shape[-3]} (dimension -3)."
+                f"query has no heads and {name} {groups} (dimension -3); with enable_gqa=True give {name} none either: "
+                f"{name}[..., :0, :, :]."
+            )
+        if heads % groups if groups else heads:
+            raise ArgumentError(
+                f"enable_gqa=True needs the number of query heads to be a multiple of {name}'s; given {heads} and "
+                f"{groups} (dimension -3)."
             )
     try:
         torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
@@ -171,7 +184,23 @@ def check_mask(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, enable_g
         )
 
 
+def check_options(
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, seed: int | Tensor | None
+) -> None:
+    """Raise unless what a call is given besides its operands has the right types and ranges."""
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise DtypeError(f"{name} is a {type(flag).__name__}; a bool is needed.")
+    check_scale(scale)
+    check_dropout(dropout_p, seed)
+
+
 def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
+    if not isinstance(dropout_p, NUMBER):
+        raise DtypeError(
+            f"dropout_p is a {type(dropout_p).__name__}; a float is needed, 0.0 for no dropout. A tensor would get no "
+            f"gradient: pass dropout_p.item()."
+        )
     if not 0.0 <= dropout_p <= 1.0:
         raise ArgumentError(f"dropout_p is {dropout_p}; a probability between 0 and 1 is needed.")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
@@ -179,43 +208,88 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
             f"seed is a tensor of shape {tuple(seed.shape)} and dtype {seed.dtype}; an int or one torch.int64 element "
             f"is needed."
         )
-    if seed is not None and not isinstance(seed, (int, Tensor)):
+    if seed is not None and not isinstance(seed, (*INTEGER, Tensor)):
         raise DtypeError(f"seed is a {type(seed).__name__}; an int or an int64 tensor of one element is needed.")
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+    if isinstance(seed, (int, Integral)) and not -(2**63) <= seed < 2**63:
         raise ArgumentError(f"seed is {seed}; an integer that fits 64 bits is needed.")
 
 
+def check_replayed(dropout_p: float, seed: int | Tensor | None) -> None:
+    """Raise unless a derivative that is asked for by itself can have the dropout of its forward."""
+    check_dropout(dropout_p, seed)
+    if dropout_p > 0.0 and seed is None:
+        raise ArgumentError(
+            f"dropout_p is {dropout_p} and seed is None; an explicit derivative must replay the mask of its forward. "
+            f"Pass the same seed to every function."
+        )
+
+
+def check_direction(name: str, direction: Sequence[Tensor | None]) -> None:
+    if not isinstance(direction, Sequence):
+        raise DtypeError(
+            f"{name} is a {type(direction).__name__}; a tuple (query, key, value) or (query, key, value, attn_mask) of "
+            f"tangents is needed, None for each that is zero."
+        )
+    if len(direction) > 4:
+        raise ArgumentError(f"{name} has {len(direction)} entries; 3 (query, key, value) or 4 (attn_mask) fit.")
+
+
 def check_scale(scale: float | None) -> None:
-    if scale is not None and not isinstance(scale, (int, float)):
+    if scale is not None and not isinstance(scale, NUMBER):
         raise DtypeError(
             f"scale is a {type(scale).__name__}; a float is needed. To differentiate with respect to a scale, multiply "
             f"query by it and pass scale=1.0."
         )
+    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
+        raise ArgumentError(
+            f"scale is an int of {scale.bit_length()} bits; a number of at most {sys.float_info.max:.1e}, the largest "
+            f"float, is needed."
+        )
 
 
-def check_like(name: str, x: Tensor | None, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> None:
+def check_like(
+    name: str, x: Tensor | None, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
     """A tangent or cotangent, where there is one, must look like what it belongs to."""
     if x is not None:
-        require_like(name, x, shape, dtype)
+        require_like(name, x, shape, dtype, device)
 
 
-def require_like(name: str, x: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> None:
+def require_like(
+    name: str, x: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
     if not isinstance(x, Tensor):
         raise DtypeError(f"{name} is a {type(x).__name__}; a torch.Tensor of shape {tuple(shape)} is needed.")
     if x.shape != torch.Size(shape):
         raise ArgumentError(f"{name} has shape {tuple(x.shape)}; {tuple(shape)} is needed.")
     if x.dtype != dtype:
         raise DtypeError(f"{name} has dtype {x.dtype}; {dtype} is needed.")
+    if x.device != device:
+        raise ArgumentError(f"{name} is on {x.device} and the operands are on {device}. Move it: .to('{device}').")
+
+
+def unknown_option(name: str, known: Iterable[str]) -> TypeError:
+    """The error for a keyword that a function of the operator does not have."""
+    known = list(known)
+    return TypeError(f"there is no argument '{name}'; {', '.join(known)} are known.{_near(name, known)}")
+
+
+def _near(name: str, known: list[str]) -> str:
+    """' Did you mean ...?' where one of the known names is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def resolve(backend: str) -> str:
     """The backend that a name or an alias stands for."""
+    if not isinstance(backend, str):
+        raise DtypeError(f"backend is a {type(backend).__name__}; a str such as 'auto' is needed.")
     name = ALIASES.get(backend, backend)
     if name not in CAPABILITIES and name != "auto":
         known = ["auto", *CAPABILITIES, *ALIASES]
-        near = difflib.get_close_matches(str(backend), known, 1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ArgumentError(f"backend '{backend}' is not known; needed is one of {', '.join(known)}.{hint}")
+        raise ArgumentError(
+            f"backend '{backend}' is not known; needed is one of {', '.join(known)}.{_near(backend, known)}"
+        )
     return name
 
 

@@ -2,8 +2,8 @@
 
 Each takes the operands of :func:`theria.ops.sdpa` and what its order adds. ``out`` and ``lse`` are residuals of
 :func:`sdpa_forward`; without them the forward is computed again. The results are themselves differentiable as far as
-the backend goes (two orders of the operator with "custom", any with "reference"), but for ``lse`` and ``tau``, which
-with "custom" and "triton" are constants: their derivatives are zero.
+the backend goes (two orders of the operator with "custom", any with "reference"), ``lse`` and ``tau`` among them; with
+respect to an additive mask these two with "reference" only.
 
 Common keyword arguments: ``attn_mask``, ``dropout_p``, ``is_causal``, ``scale``, ``enable_gqa``, ``seed`` and
 ``backend`` as in :func:`theria.ops.sdpa`, with the same errors. Formulas: ``theria/ops/README.md``.
@@ -23,7 +23,7 @@ from theria.ops.duals import output_and_tangent
 from theria.ops.operands import Shapes, Tangents, batch_shape
 from theria.ops.sdpa import prepare
 from theria.ops.sweep import compute_dtype
-from theria.ops.transforms import in_graph
+from theria.ops.transforms import differentiated, in_graph
 
 # One tangent per operand, None for zero: (query, key, value) or (query, key, value, attn_mask).
 Direction = Sequence[Tensor | None]
@@ -35,11 +35,8 @@ class ExplicitCall:
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], mask_gradient: bool = False
     ) -> None:
-        if options.get("dropout_p", 0.0) > 0.0 and options.get("seed") is None:
-            raise checks.ArgumentError(
-                f"dropout_p is {options['dropout_p']} and seed is None; an explicit derivative must replay the mask of "
-                f"its forward. Pass the same seed to every function."
-            )
+        if "dropout_p" in options:
+            checks.check_replayed(options["dropout_p"], options.get("seed"))
         call = prepare(query, key, value, **options, mask_gradient=mask_gradient)
         if options.get("enable_gqa") and key.shape[-3] != value.shape[-3]:
             raise checks.ArgumentError(
@@ -56,20 +53,19 @@ class ExplicitCall:
     def like_out(self, name: str, x: Tensor | None) -> Tensor | None:
         """A cotangent of the output, or its tangent, in canonical form."""
         check = checks.require_like if name == "grad_out" else checks.check_like
-        check(name, x, self.out_shape, self.ops.q.dtype)  # type: ignore[arg-type]
+        check(name, x, self.out_shape, self.ops.q.dtype, self.ops.q.device)  # type: ignore[arg-type]
         return self.layout.enter(x, grouped=True)
 
     def direction(self, name: str, direction: Direction) -> Tangents:
         """A direction in canonical form; ``name`` is for messages."""
-        given = tuple(direction) + (None,) * (4 - len(direction))
-        if len(given) != 4:
-            raise checks.ArgumentError(f"{name} has {len(given)} entries; 3 (query, key, value) or 4 (attn_mask) fit.")
+        checks.check_direction(name, direction)
+        given = (*direction, *(None,) * (4 - len(direction)))
         entered = []
         for slot, x, operand in zip(("query", "key", "value", "attn_mask"), given, self.operands, strict=True):
             if operand is not None and operand.dtype == torch.bool and x is not None:
                 raise checks.DtypeError(f"{name} has an entry for a boolean attn_mask, which has no tangent.")
             if operand is not None:
-                checks.check_like(f"{name} of {slot}", x, operand.shape, operand.dtype)
+                checks.check_like(f"{name} of {slot}", x, operand.shape, operand.dtype, operand.device)
             elif x is not None:
                 raise checks.ArgumentError(f"{name} has an entry for attn_mask; without one pass 3 entries.")
             entered.append(self.layout.enter(x, grouped=slot in ("query", "attn_mask")))
@@ -80,7 +76,7 @@ class ExplicitCall:
         if out is None or lse is None:
             return self.rules.forward(self.ops, self.spec)
         dtype = self.ops.q.dtype if self.rules is reference else compute_dtype(self.ops.q.dtype)
-        checks.check_like("lse", lse, self.row_shape, dtype)
+        checks.check_like("lse", lse, self.row_shape, dtype, self.ops.q.device)
         o, row = self.like_out("out", out), self.layout.enter_row(lse)
         assert o is not None
         assert row is not None
@@ -121,6 +117,8 @@ def sdpa_forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> t
     """
     call = ExplicitCall(query, key, value, options)
     o, lse = call.rules.forward(call.ops, call.spec)
+    if call.rules is autograd:
+        lse = autograd.log_sum_exp(call.ops, lse, call.spec)
     return call.layout.leave(o), call.layout.leave_row(lse)
 
 
@@ -181,6 +179,9 @@ def sdpa_jvp(
         *_, to, tau = output_and_tangent(call.ops, t, call.spec)
     else:
         to, tau = call.rules.jvp(call.ops, *call.residuals(out, lse), t, call.spec)
+    moving = (x is not None and differentiated(x) for x in (*call.ops[:4], *t))
+    if call.rules is autograd and autograd.differentiable() and any(moving):
+        tau = autograd.log_sum_exp_tangent(call.ops, t, call.spec).expand_as(tau)
     return call.layout.leave(to), call.layout.leave_row(tau)
 
 
@@ -246,9 +247,11 @@ def sdpa_jvp_jvp(
     Returns:
         ∂²/∂ε₁∂ε₂ of sdpa(x + ε₁ first + ε₂ second + ε₁ε₂ mixed), (..., N, E).
     """
-    call = ExplicitCall(query, key, value, options, any(x is not None for t in (first, second, mixed) for x in t[3:]))
-    t1, t2 = call.direction("first", first), call.direction("second", second)
-    t12 = call.direction("mixed", mixed)
+    directions = {"first": first, "second": second, "mixed": mixed}
+    for name, t in directions.items():
+        checks.check_direction(name, t)
+    call = ExplicitCall(query, key, value, options, any(x is not None for t in directions.values() for x in t[3:]))
+    t1, t2, t12 = (call.direction(name, t) for name, t in directions.items())
     o, lse = call.residuals(out, lse)
     tau1, tau2 = (call.rules.jvp(call.ops, o, lse, t, call.spec)[1] for t in (t1, t2))
     return call.layout.leave(call.rules.jvp_jvp(call.ops, o, lse, t1, t2, t12, tau1, tau2, call.spec))

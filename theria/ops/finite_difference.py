@@ -65,7 +65,7 @@ def hvp_fd_vjp(
     x, t = (query, key, value), (tangent_query, tangent_key, tangent_value)
     call = ExplicitCall(query, key, value, options)
     for name, a, b in zip(("query", "key", "value"), x, t, strict=True):
-        require_like(f"tangent of {name}", b, a.shape, a.dtype)
+        require_like(f"tangent of {name}", b, a.shape, a.dtype, a.device)
     h = central_step(x, t, options.get("scale")) if eps is None else eps
     plus, minus = ([a + sign * h * b for a, b in zip(x, t, strict=True)] for sign in (1, -1))
     if grad_out is None:

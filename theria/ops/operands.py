@@ -134,7 +134,10 @@ def with_dropout(ops: Operands, spec: AttentionSpec, seed: int | Tensor | None) 
     """Add the dropout key. Without ``seed``, one is drawn from torch's global generator (the only use of it)."""
     if seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
-    seed = torch.as_tensor(seed, dtype=torch.int64).to(ops.q.device)
+    if isinstance(seed, Tensor):
+        seed = seed.to(ops.q.device)
+    else:  # not as_tensor, which makes a constant of a traced int
+        seed = torch.full((), seed, dtype=torch.int64, device=ops.q.device)
     heads = tuple(batch_shape(ops.q, ops.k, ops.v, ops.mask))
     return ops._replace(seed=seed.reshape((1,) * ops.q.ndim)), replace(spec, heads=heads)
 

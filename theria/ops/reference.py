@@ -23,11 +23,22 @@ def scores(ops: Operands, spec: AttentionSpec) -> Tensor:
     """S (1), with −inf where a key is hidden."""
     S = (ops.q @ ops.k.mT) * spec.scale
     if ops.mask is not None:
-        S = S.masked_fill(~ops.mask, NEG_INF) if ops.mask.dtype == torch.bool else (S + ops.mask).to(S.dtype)
+        S = S.masked_fill(~ops.mask, NEG_INF) if ops.mask.dtype == torch.bool else _biased(S, ops.mask)
     if spec.is_causal:
         N, M = S.shape[-2:]
         S = S.masked_fill(torch.ones(N, M, dtype=torch.bool, device=S.device).triu(1), NEG_INF)
     return S
+
+
+def _biased(S: Tensor, mask: Tensor) -> Tensor:
+    """S with an additive mask, in the dtype of S, in which a finite number of a wider mask stays finite."""
+    total = (S + mask).to(S.dtype)
+    if mask.dtype == S.dtype:
+        return total
+    range_ = torch.finfo(S.dtype)
+    limit = torch.where(total > 0, range_.max, range_.min).to(S.dtype)
+    kept = limit + (S - S.detach()) + (mask - mask.detach()).to(S.dtype)  # the limit, with the derivatives of the sum
+    return torch.where(total.isinf() & mask.isfinite(), kept, total)
 
 
 def softmax(S: Tensor) -> tuple[Tensor, Tensor]:

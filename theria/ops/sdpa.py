@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,25 +69,28 @@ def prepare(
     seed: int | Tensor | None = None,
     backend: str = "auto",
     mask_gradient: bool = False,
+    **unknown: Any,
 ) -> Prepared:
     """Check a call, choose its backend and bring it into canonical form.
 
-    ``mask_gradient``: a cotangent or a tangent of ``attn_mask`` is part of the call.
+    ``mask_gradient``: a cotangent or a tangent of ``attn_mask`` is part of the call. ``unknown``: refused.
     """
+    if unknown:
+        raise checks.unknown_option(next(iter(unknown)), OPTIONS)
     known = None
-    if attn_mask is None and seed is None and dropout_p == 0.0:
+    if attn_mask is None and seed is None and type(dropout_p) in (float, int) and dropout_p == 0.0:
         known = _signature(query, key, value, is_causal, scale, enable_gqa, backend)
         if known is not None and (decided := _prepared.get(known)) is not None:  # one look: other threads clear it
             layout, spec = decided
             q, k, v = layout.enter(query, grouped=True), *(layout.enter(x, grouped=False) for x in (key, value))
             return Prepared(layout, Operands(q, k, v, None, None), spec)  # type: ignore[arg-type]
+    checks.check_options(dropout_p, is_causal, scale, enable_gqa, seed)
     checks.check_inputs(query, key, value, attn_mask, enable_gqa)
-    checks.check_dropout(dropout_p, seed)
-    checks.check_scale(scale)
     name = choose(backend, query, value, attn_mask, mask_gradient)
     layout, ops = canonical(query, key, value, attn_mask, enable_gqa)
-    scale = default_scale(query.shape[-1]) if scale is None else float(scale)
-    spec = AttentionSpec(name, scale, bool(is_causal), float(dropout_p))
+    # in a graph a scale that varies stays a SymFloat, for the backends whose products take one
+    number: Any = default_scale(query.shape[-1]) if scale is None else torch.sym_float(scale)
+    spec = AttentionSpec(name, number, bool(is_causal), float(dropout_p))
     if dropout_p > 0.0:
         ops, spec = with_dropout(ops, spec, seed)
     if known is not None:
@@ -96,6 +100,8 @@ def prepare(
     return Prepared(layout, ops, spec)
 
 
+# What may be passed by name besides the operands.
+OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "seed", "backend")
 # What was decided about calls on a GPU, where microseconds count, by all that the checks and the choice look at.
 MAXIMUM = 4096
 _prepared: dict[Any, tuple[Layout, AttentionSpec]] = {}
@@ -118,11 +124,24 @@ def _signature(query: Any, key: Any, value: Any, is_causal: Any, scale: Any, ena
     return *shapes, *dtypes, query.device, key.device, value.device, is_causal, scale, enable_gqa, backend
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to F.scaled_dot_product_attention: operands of at most 32 bits are cast to its dtype."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    cast = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in tensors)
+def _autocast(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, cast: Any = Tensor.to
+) -> Iterator[Any]:
+    """What autocast does to F.scaled_dot_product_attention: operands of at most 32 bits are cast to its dtype.
+
+    A mask of the other half dtype becomes float32 instead, which every backend takes and which rounds nothing.
+    """
+    dtype = torch.get_autocast_dtype(query.device.type)
+    half = (torch.bfloat16, torch.float16)
+    for x in (query, key, value):
+        yield cast(x, dtype) if isinstance(x, Tensor) and x.dtype in (torch.float32, *half) else x
+    other = isinstance(attn_mask, Tensor) and attn_mask.dtype in half and attn_mask.dtype != dtype
+    yield cast(attn_mask, torch.float32) if other else attn_mask
+
+
+def _stand_in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """For the checks what ``x.to(dtype)`` is, without its numbers."""
+    return x.new_empty((), dtype=dtype).expand(x.shape)
 
 
 @in_graph
@@ -142,8 +161,7 @@ def sdpa(
     """Scaled dot-product attention with exact first and second derivatives.
 
     Signature and semantics of ``torch.nn.functional.scaled_dot_product_attention``, plus ``seed`` and ``backend``.
-    Composes with ``torch.autograd`` (``create_graph=True``, forward mode) and with every ``torch.func`` transform but
-    ``linearize``, which is wrong on "custom".
+    Composes with ``torch.autograd`` (``create_graph=True``, forward mode) and with every ``torch.func`` transform.
 
     Args:
         query: (..., N, D), usually (B, H, N, D). Leading dimensions of the operands broadcast.
@@ -152,7 +170,7 @@ def sdpa(
         attn_mask: broadcastable to (..., N, M). Boolean (True attends) or added to the scores (dtype of ``query`` or
             float32; its gradient is exact to second order too, on the backends that give it: not "triton"). A key that
             is not to be seen is −inf there. A large finite number instead is the same, but for rows that have it on
-            every key they see: on "triton" the derivatives of such a row are wrong by up to the number of its keys.
+            every key they see: as in PyTorch these attend to all of them alike.
         dropout_p: probability with which an entry of the attention weights is dropped. As in PyTorch it always
             applies: pass 0.0 in evaluation.
         is_causal: row n attends to the keys m ≤ n (top-left alignment); combines with ``attn_mask``.
@@ -174,7 +192,7 @@ def sdpa(
         NotImplementedError: at a third derivative, except with ``backend="reference"``, which has every order.
     """
     if isinstance(query, Tensor) and autocasts(query.device.type):
-        query, key, value = _autocast(query, key, value)
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     call = prepare(
         query,
         key,
@@ -207,15 +225,18 @@ def explain(
     seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Explanation:
-    """Which backend :func:`sdpa` with these arguments would use and why, without computing anything.
+    """Which backend :func:`sdpa` with these arguments would use here and why, without computing anything.
+
+    Under autocast that is said of the operands as it casts them.
 
     Raises:
         checks.ArgumentError, checks.DtypeError: as :func:`sdpa`, for arguments that no backend can take.
     """
-    del is_causal
-    checks.check_scale(scale)
-    checks.check_inputs(query, key, value, attn_mask, enable_gqa)
-    checks.check_dropout(dropout_p, seed)
+    mask = attn_mask
+    if isinstance(query, Tensor) and autocasts(query.device.type):
+        query, key, value, mask = _autocast(query, key, value, attn_mask, cast=_stand_in)
+    checks.check_options(dropout_p, is_causal, scale, enable_gqa, seed)
+    checks.check_inputs(query, key, value, mask, enable_gqa)
     name = checks.resolve(backend)
     obstacles = {x: checks.obstacle(x, query, value, attn_mask, named=x == name) for x in PREFERENCE}
     able = [x for x in PREFERENCE if obstacles[x] is None]

@@ -176,16 +176,14 @@ class Sweep:
     def blocks(self) -> Iterator[Block]:
         """P = exp(S − lse) of each block, the same to the last bit at every order.
 
-        An additive mask may be a large number on all keys that a row sees (-1e9, the dtype's lowest). lse is then that
-        number: the logarithm of their count is lost beside it, and each row of P is divided by its sum instead.
+        Where all scores of a row are large numbers (a mask of -1e9, the dtype's lowest), so is lse, beside which the
+        logarithm of how many keys there are is lost. So each row of P is divided by its sum.
         """
         assert self.lse is not None
-        additive = self.mask is not None and self.mask.dtype != torch.bool
         for rows, cols in self.slices():
             P = sub(self.scores(rows, cols), cut(self.lse, rows)).exp_()
-            if additive:
-                total = P.sum(-1, keepdim=True)
-                P = P.div_(total.masked_fill_(total == 0, 1.0))
+            total = P.sum(-1, keepdim=True)
+            P = P.div_(total.masked_fill_(total == 0, 1.0))
             yield Block(rows, cols, P, self.keep(rows, cols))
 
     def carrier(self, t: Tangents) -> Tensor:

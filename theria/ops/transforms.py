@@ -65,6 +65,15 @@ def differentiated(x: Tensor) -> str | None:
             x = get_unwrapped(x)
 
 
+def recorded() -> bool:
+    """Whether every operation is recorded into a graph as it is, what it writes in place included (``make_fx``)."""
+    if not traced():
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    dispatched = torch._C._get_dispatch_mode
+    return dispatched(modes.PROXY) is not None and dispatched(modes.FUNCTIONAL) is None
+
+
 def traced() -> bool:
     """Whether a mode watches or replaces every operation (tracing, fake tensors, counters of memory)."""
     return torch._C._len_torch_dispatch_stack() > 0
