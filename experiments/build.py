@@ -322,7 +322,15 @@ def for_ways(config: Config, state: dict[str, Any], ways: int) -> Learner:
 
 
 def device(config: Config) -> torch.device:
-    name = config.trainer.device
+    return device_named(config.trainer.device, "trainer.device")
+
+
+def device_named(name: str, key: str) -> torch.device:
+    """The device that the setting `key` names.
+
+    Raises:
+        UserError: one that there is not here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -331,11 +339,11 @@ def device(config: Config) -> torch.device:
     except RuntimeError:
         chosen, known = torch.device("cpu"), False
     if not known:
-        raise UserError(f"trainer.device={name}: needed is auto, cpu, cuda or cuda:<number>")
+        raise UserError(f"{key}={name}: needed is auto, cpu, cuda or cuda:<number>")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"trainer.device={name}: torch finds no CUDA here; give trainer.device=cpu")
+        raise UserError(f"{key}={name}: torch finds no CUDA here; give {key}=cpu")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"trainer.device={name}: needed is a number below {torch.cuda.device_count()}, the GPUs here")
+        raise UserError(f"{key}={name}: needed is a number below {torch.cuda.device_count()}, the GPUs here")
     return chosen
 
 

@@ -206,7 +206,7 @@ class TrainerConfig:
     compile: bool = False  # compile the outer step: a minute or a few before the first one, then fewer, larger kernels
     capture: bool | str = False  # record the outer step as a CUDA graph: true | false | auto, on CUDA where it can be
     log_every: int = 10  # steps between metric lines
-    health_every: int = 0  # steps between the panels: meta-gradients, inner steps, curvature, pictures; 0: never
+    health_every: int = 0  # steps between the panels, at a step that is logged: gradients, curvature, ...; 0: never
     health_share: float = 0.05  # of the run's time that the panels may take, beyond a few seconds
     val_every: int = 250  # steps between validations; 0: never
     val_episodes: int = 100  # episodes of a validation
@@ -285,8 +285,8 @@ class EvaluateConfig:
 
     checkpoint: str = MISSING  # a checkpoint file, or a run directory (its newest good checkpoint)
     protocol: ProtocolKind = ProtocolKind.episodes  # episodes | one_shot, for runs that never saw its alphabets
-    episodes: int = 600  # episodes; 600 or more for a figure worth reporting
-    subset: str = "test"  # train | val | test
+    episodes: int | None = None  # null: 600; that many or more for a figure worth reporting
+    subset: str | None = None  # train | val | test; null: test
     seed: int | None = None  # of the episodes; null: those of the run's own final evaluation
     ways: int | None = None  # classes in a task, for learners whose head is not fixed; null: as in the run
     shots: int | None = None  # support examples a class; null: as in the run
@@ -294,5 +294,5 @@ class EvaluateConfig:
     inner_steps: int | None = None  # steps of adaptation; null: as in the run
     tasks: int = 20  # tasks evaluated at once
     device: str = "auto"  # auto: cuda where there is one | cpu | cuda
-    root: str | None = None  # folder of Omniglot where it is not that of the run
+    root: str | None = None  # folder of Omniglot where it is not that of the run; null: as in the run
     run_dir: str = MISSING  # where evaluation_<tasks>.json is written; the run's own folder is one

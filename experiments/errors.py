@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +19,9 @@ from theria.ops import UnsupportedError
 
 # A folder that cannot be made or written; every other OSError keeps its traceback.
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENOSPC}
-
+UNWRITABLE |= {errno.ENAMETOOLONG, errno.ELOOP}
+# The settings that name such a folder.
+FOLDERS = ("run_dir", "hydra.run.dir", "hydra.sweep.dir")
 
 # What makes several runs, or runs them elsewhere.
 SWEEPS = ("hydra/launcher", "hydra/sweeper", "sweep")
@@ -83,7 +86,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
         UserError: an empty path, which would be the current directory; a sweep with a run_dir, which it would ignore;
             a launcher or sweeper for one run, which would ignore it.
     """
-    given = {key.lstrip("+"): value for key, sign, value in (item.partition("=") for item in arguments) if sign}
+    given = _given(arguments)
     for key in ("run_dir", "checkpoint"):
         if not given.get(key, key).strip("'\" "):
             raise UserError(value_needed(key))
@@ -97,6 +100,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise UserError(f"{key}={given[key]}: without --multirun Hydra runs once, here: give --multirun as well")
     if launch.size() > 1 and {"--multirun", "-m"} & {*arguments}:
         raise UserError("--multirun: several processes train one run at a time: start each of them with torchrun")
+
+
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    """The settings on a command line as they are written there."""
+    return {key.lstrip("+"): value for key, sign, value in (item.partition("=") for item in arguments) if sign}
+
+
+def _no_folder(error: OSError) -> bool:
+    """Whether a run's folder cannot be made or written; a virtual file system, as /proc, says that there is none."""
+    if error.errno != errno.ENOENT:
+        return error.errno in UNWRITABLE
+    given = _given(sys.argv[1:])
+    folders = [Path(given[key].strip("'\"")) for key in FOLDERS if key in given]
+    return any(Path(error.filename) in (folder, *folder.parents) for folder in folders)
 
 
 def run(entry: Callable[[], None]) -> None:
@@ -131,7 +148,7 @@ def run(entry: Callable[[], None]) -> None:
         package = str(error).split(UNKNOWN_PLUGIN)[1].split(".")[0].replace("_", "-")
         message, code = f"{package} is not installed: pip install -e '.[sweeps]'", UserError.exit_code
     except OSError as error:
-        if verbose or error.errno not in UNWRITABLE or error.filename is None:
+        if verbose or error.filename is None or not _no_folder(error):
             raise
         message = f"{error.filename}: {error.strerror}; needed is a folder that can be written: give another run_dir"
         code = UserError.exit_code

@@ -35,6 +35,7 @@ from theria.meta.distributed import ALONE, Processes
 from theria.testing.machine import machine
 
 TIMEOUT = 600.0  # seconds that a process waits for another
+EPISODES, SUBSET = 600, "test"
 
 
 def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processes = ALONE) -> Evaluation | OneShot:
@@ -101,29 +102,37 @@ def _write(run_dir: Path, record: dict[str, Any]) -> Path:
 
 
 def _check(settings: EvaluateConfig) -> None:
-    """Refuse values outside their range."""
-    if settings.episodes < 1 or settings.tasks < 1 or settings.test_augment < 1:
-        given = f"episodes={settings.episodes}, tasks={settings.tasks}, test_augment={settings.test_augment}"
-        raise errors.UserError(f"{given}: each must be at least 1")
+    """Refuse values outside their range, and those that the protocol would ignore."""
+    counts = {"episodes": settings.episodes, "tasks": settings.tasks, "test_augment": settings.test_augment}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise errors.UserError(f"{name}={value}: needed is at least 1")
     if settings.inner_steps is not None and settings.inner_steps < 0:
         raise errors.UserError(f"inner_steps={settings.inner_steps}: needed is at least 0, or null for the run's own")
     build.check_seed(settings.seed)
-    sizes = {"ways": settings.ways, "shots": settings.shots}
-    given = ", ".join(f"{name}={value}" for name, value in sizes.items() if value is not None)
+    build.device_named(settings.device, "device")
+    drawn = {name: getattr(settings, name) for name in ("episodes", "subset", "ways", "shots")}
+    given = ", ".join(f"{name}={value}" for name, value in drawn.items() if value is not None)
     if settings.protocol is ProtocolKind.one_shot and given:
         raise errors.UserError(
-            f"{given}: protocol=one_shot has the tasks of the official test, {protocols.WAYS} ways of one shot: needed "
-            "is null, or protocol=episodes"
+            f"{given}: protocol=one_shot has the tasks of the official test, 20 runs of {protocols.WAYS} ways and one "
+            "shot: needed is null, or protocol=episodes"
         )
     if not settings.checkpoint.strip():
         raise errors.UserError(errors.value_needed("checkpoint"))
 
 
 def _run_of(settings: EvaluateConfig, saved: dict[str, Any]) -> Config:
-    """The run's configuration with what the evaluation has otherwise. Its training, and what follows it, is over."""
+    """The run's configuration with what the evaluation has otherwise. Its training, and what follows it, is over.
+
+    Raises:
+        errors.UserError: a folder of images for tasks that have none.
+    """
     run = store.from_container(saved)
     run.trainer.device, run.trainer.protocols = settings.device, []
-    if settings.root is not None and isinstance(run.task, OmniglotConfig):
+    if settings.root is not None:
+        if not isinstance(run.task, OmniglotConfig):
+            raise errors.UserError(f"root={settings.root}: task={run.task.name} reads no folder: needed is null")
         run.task.root = settings.root
     if settings.inner_steps is not None:
         run.inner.eval_steps = settings.inner_steps
@@ -148,10 +157,12 @@ def _episodes(
 ) -> tuple[Evaluation, Learner]:
     """Random tasks of a subset, and the learner that was given them."""
     task = _task_of(settings, run)
-    source = build.build_source(replace(run, task=task), settings.subset, tasks=settings.tasks, seed=settings.seed)
+    subset = SUBSET if settings.subset is None else settings.subset
+    source = build.build_source(replace(run, task=task), subset, tasks=settings.tasks, seed=settings.seed)
     learner = _learner(settings, run, learned, task.ways if isinstance(task, FewShotConfig) else None)
-    counts: dict[str, Any] = {"episodes": settings.episodes, "subset": settings.subset}
-    return evaluate(learner, source, **counts, copies=copies, **_options(run, ranks)), learner
+    episodes = EPISODES if settings.episodes is None else settings.episodes
+    options = {"episodes": episodes, "subset": subset, "copies": copies, **_options(run, ranks)}
+    return evaluate(learner, source, **options), learner
 
 
 def _one_shot(

@@ -12,7 +12,8 @@ from reporting.tables import Section, key
 
 Charts = list[tuple[str, str]]  # (title, svg or "")
 STEP = "outer step"
-PANELS = "trainer.health_every"  # the setting that records most of them
+# What records most of them.
+PANELS = "trainer.health_every above 0 and a step that it and trainer.log_every divide"
 # The pictures of a run that repeat a chart of this page.
 DRAWN = ("learning_curve", "inner_curve")
 
@@ -56,7 +57,7 @@ def _inner(runs: Sequence[Run]) -> str:
     charts.append((f"Test {metric}, 95 % interval", line_chart(final, x_label=axis, percent=metric == "accuracy")))
     missing = [run.label for run in runs if not run.numbered("steps/query_loss_")]
     text = "Before and after each inner step: dashed as first measured, solid as last. A gap between support and query "
-    return _panel(text + "is what adaptation learns by heart.", charts, missing, f"{PANELS} above 0 and inner steps")
+    return _panel(text + "is what adaptation learns by heart.", charts, missing, f"{PANELS}, and inner steps")
 
 
 def _rates(runs: Sequence[Run]) -> str:
@@ -69,7 +70,7 @@ def _rates(runs: Sequence[Run]) -> str:
     charts.append(("Mean over all", _over_steps(runs, "inner/lr_mean")))
     missing = [run.label for run, (_, _, rates) in zip(runs, found, strict=True) if not rates]
     text = "Where the inner loop may move, and where it is told to stay."
-    return _panel(text, charts, missing, f"{PANELS} above 0 and learned inner rates")
+    return _panel(text, charts, missing, f"{PANELS}, and learned inner rates")
 
 
 def _gradient(runs: Sequence[Run]) -> str:
@@ -81,7 +82,7 @@ def _gradient(runs: Sequence[Run]) -> str:
         charts.append(("|mixed precision − float32| / |float32|", _over_steps(runs, "gradient/rounding", log=True)))
     text = "The meta-gradient beside what is left when inner gradients are taken as constants: 0 and 1 mean that first "
     missing = _without(runs, "gradient/second_order")
-    return _panel(text + "order is the same update.", charts, missing, f"{PANELS} above 0 and inner steps")
+    return _panel(text + "order is the same update.", charts, missing, f"{PANELS}, and inner steps")
 
 
 def _curvature(runs: Sequence[Run]) -> str:
@@ -96,7 +97,7 @@ def _curvature(runs: Sequence[Run]) -> str:
         "One task, where its inner steps begin: H the Hessian in what they change, u the direction of the inner "
         "gradient. A step of rate a overshoots along u where a u'Hu is above 2. Eigenvalues by a few steps of Lanczos."
     )
-    return _panel(text, charts, _without(runs, "curvature/hvp_norm"), f"{PANELS} above 0 and inner steps")
+    return _panel(text, charts, _without(runs, "curvature/hvp_norm"), f"{PANELS}, and inner steps")
 
 
 def _pictures(runs: Sequence[Run]) -> str:

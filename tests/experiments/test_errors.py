@@ -1,11 +1,12 @@
 """Mistakes that a user can mend end in one message and an exit status, not in a traceback."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments import errors
-from experiments.config import EvaluateConfig
+from experiments.config import EvaluateConfig, ProtocolKind
 from experiments.evaluate import evaluate_checkpoint
 from theria.meta.solvers import Result, SolverError
 from theria.ops import UnsupportedError
@@ -76,11 +77,42 @@ def test_other_errors_keep_their_traceback(monkeypatch, error):
         ({"inner_steps": -1}, "inner_steps=-1: needed is at least 0"),
         ({"seed": 2**63}, "needed is a number from"),
         ({"checkpoint": ""}, "checkpoint: a value is needed"),
+        ({"episodes": 0}, "episodes=0: needed is at least 1"),
+        ({"device": "cuda:99"}, r"^device=cuda:99: (torch finds no CUDA here; give device=cpu|needed is a number)"),
+        ({"device": "tpu"}, "^device=tpu: needed is auto"),
+        ({"protocol": ProtocolKind.one_shot, "episodes": 600}, "^episodes=600: protocol=one_shot has the tasks"),
+        ({"protocol": ProtocolKind.one_shot, "subset": "val"}, "^subset=val: protocol=one_shot has the tasks"),
     ],
 )
 def test_an_evaluation_refuses_wrong_values(tmp_path, settings, words):
     with pytest.raises(errors.UserError, match=words):
         evaluate_checkpoint(EvaluateConfig(**{"checkpoint": "nowhere", "run_dir": str(tmp_path), **settings}), tmp_path)
+
+
+def test_a_folder_of_images_is_refused_where_there_are_none(run_here, tmp_path):
+    run_here(tmp_path)
+    settings = EvaluateConfig(checkpoint=str(tmp_path), run_dir=str(tmp_path), device="cpu", root="elsewhere")
+    with pytest.raises(errors.UserError, match="root=elsewhere: task=sinusoid reads no folder: needed is null"):
+        evaluate_checkpoint(settings, tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["run_dir", "hydra.sweep.dir"])
+def test_a_file_system_that_has_no_such_folder(monkeypatch, capsys, setting):
+    error = FileNotFoundError(2, "No such file or directory", "/proc/nope")
+    code, message = ended(monkeypatch, capsys, raiser(error), f"{setting}='/proc/nope/a'")
+    assert code == 2
+    assert message.startswith("error: /proc/nope: No such file or directory; needed is a folder that can be written")
+    with pytest.raises(FileNotFoundError):
+        ended(monkeypatch, capsys, raiser(FileNotFoundError(2, "No such file", "data.npz")), f"{setting}=/proc/nope/a")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("arguments", [("experiments.train",), ("experiments.evaluate", "checkpoint=nowhere")])
+def test_a_run_dir_that_cannot_be_made_is_one_line(process, arguments):
+    done = process(*arguments, "run_dir=/proc/nope")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /proc/nope: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_file_is_no_run_dir(process, tiny, tmp_path):

@@ -346,5 +346,5 @@ def test_an_evaluation_that_would_mislead_is_refused(run_here, tmp_path, omniglo
     run_here(tmp_path / "sinusoid")
     with pytest.raises(UserError, match="ways=3: task=sinusoid has no classes"):
         evaluated(tmp_path / "sinusoid", tmp_path / "c", ways=3)
-    with pytest.raises(UserError, match="test_augment=0: each must be at least 1"):
+    with pytest.raises(UserError, match="test_augment=0: needed is at least 1"):
         evaluated(tmp_path / "sinusoid", tmp_path / "d", test_augment=0)
