@@ -65,6 +65,7 @@ def test_select_by_indices_and_mask() -> None:
     assert (picked.names, picked.groups, picked.counts.tolist()) == (("c", "a"), ("h", "g"), [3, 4])
     assert picked.images[:, 0, 0, 0, 0].tolist() == [32, 0]
     assert dataset.select(dataset.counts >= 3).names == ("a", "c")
+    assert dataset.select(torch.tensor([-1, 1], dtype=torch.int16)).names == ("c", "b")
 
 
 def test_with_rotations_turns_counter_clockwise() -> None:
@@ -91,6 +92,9 @@ def test_with_symmetries_has_each_symmetry_once_and_keeps_groups_apart() -> None
     assert len(set(eight.groups)) == 8
 
 
+SMALL = ClassDataset(torch.zeros(3, 4, 2))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -104,6 +108,14 @@ def test_with_symmetries_has_each_symmetry_once_and_keeps_groups_apart() -> None
         (lambda: ClassDataset(torch.zeros(3, 4, 2), names=["a"]), ValueError, "1 names for 3 classes"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2), groups=["a"]), ValueError, "1 groups for 3 classes"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2)).select([]), ValueError, "no class was chosen of the 3"),
+        (lambda: SMALL.select([True, False]), ValueError, r"\(2,\) and type torch.bool; .* each of the 3 classes"),
+        (lambda: SMALL.select(torch.ones(4).bool()), ValueError, r"\(4,\) and type torch.bool; .*the 3 classes"),
+        (lambda: SMALL.select(torch.ones(3, 1).bool()), ValueError, r"\(3, 1\) and type torch.bool"),
+        (lambda: SMALL.select([1.7]), ValueError, r"\(1,\) and type torch.float32; a list of integers"),  # pyright: ignore
+        (lambda: SMALL.select([0.0, 1.0]), ValueError, "a list of integers"),  # pyright: ignore
+        (lambda: SMALL.select(torch.tensor(1)), ValueError, r"shape \(\) and type torch.int64; a list of integers"),
+        (lambda: SMALL.select([0, 3]), ValueError, "from 0 to 3; each must lie between 0 and 2"),
+        (lambda: SMALL.select([-4, 1]), ValueError, "from -4 to 1; .*down to -3"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2, 3)).with_rotations(), ValueError, "square images"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2)).with_rotations(), ValueError, "square images"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2, 3)).with_symmetries(), ValueError, "with_symmetries: .*square"),

@@ -189,6 +189,8 @@ def test_twenty_ways_from_every_subset(glyphs: dict[str, ClassDataset]) -> None:
 def test_an_unknown_subset_is_refused() -> None:
     with pytest.raises(ValueError, match="subset='dev'; one of 'train', 'val', 'test'"):
         load_glyphs("dev")
+    with pytest.raises(TypeError, match=r"seed=1\.5 is a float; an integer"):
+        load_glyphs(seed=1.5)  # pyright: ignore
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,8 @@ def test_pure_in_seed_and_step(make) -> None:
     [
         (lambda: Sinusoid(shots=0), ValueError, "Sinusoid: shots=0; at least 1"),
         (lambda: Sinusoid(tasks=2.5), TypeError, "tasks=2.5 is a float; a positive integer"),  # pyright: ignore
+        (lambda: Sinusoid(seed=1.5), TypeError, "Sinusoid: seed=1.5 is a float; an integer"),  # pyright: ignore
+        (lambda: LinearRegression(seed=True), TypeError, "LinearRegression: seed=True is a bool; an integer"),
         (lambda: LinearRegression(dim=-1), ValueError, "LinearRegression: dim=-1"),
         (lambda: LinearRegression(noise=-1.0), ValueError, "noise=-1.0; a finite standard deviation"),
         (lambda: LinearRegression(noise=math.inf), ValueError, "noise=inf"),

@@ -85,6 +85,14 @@ def test_other_shapes_frozen_and_replaced_parameters_are_noticed() -> None:
     assert difference(recorded(step, episode(3)), eager(learner, episode(3))) <= F32
 
 
+def test_numbers_of_the_learner_that_change_are_noticed() -> None:
+    learner = make()
+    step = CapturedStep(learner)
+    for steps in (2, 3, 2):
+        learner.steps = steps
+        assert difference(recorded(step, episode(0)), eager(learner, episode(0))) <= F32
+
+
 def test_only_the_parameters_asked_for_get_a_gradient() -> None:
     learner = make()
     head = [learner.model.head.weight, learner.model.head.bias]

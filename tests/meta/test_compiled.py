@@ -18,6 +18,7 @@ from theria.meta.optimisers import Adam
 from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2
 from theria.meta.truncated import Truncated
+from theria.meta.unicorn_maml import UnicornMAML
 from theria.nn import MLP, TransformerClassifier
 from theria.ops.precision import convolution_precision
 from theria.testing import difference
@@ -141,6 +142,38 @@ def test_what_has_no_gradient_stays_without() -> None:
     learner.model.stem.position.requires_grad_(True)
     assert difference(by(step, episode(0)), eager(learner, episode(0))) <= SAME
     assert learner.model.stem.position.grad is not None
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_numbers_of_the_learner_that_change_are_followed() -> None:
+    learner = UnicornMAML(embedding().double(), None, SGD(0.1), 2, MixedMode(), ways=WAYS)
+    step = CapturedStep(learner, compile=True)
+    for ways, steps in ((WAYS, 2), (WAYS + 1, 2), (WAYS, 3), (WAYS, 2)):
+        learner.ways, learner.steps = ways, steps
+        sx, sy, qx, qy = episode(0)
+        given = (sx, torch.arange(sy.shape[1]).remainder(ways).expand_as(sy).contiguous(), qx, qy)
+        assert difference(by(step, given), eager(learner, given)) <= SAME
+
+
+def test_a_learner_that_counts_its_runs_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(ProtoNet):
+        runs = 0
+
+        def forward(self, *given: Any, **options: Any) -> Tensor:
+            self.runs += 1
+            return super().forward(*given, **options)
+
+    made: list[Fused] = []
+
+    def remember(*args: Any) -> Fused:
+        made.append(Fused(*args, compiler=as_traced))
+        return made[-1]
+
+    monkeypatch.setattr(compiled, "Fused", remember)
+    step = CapturedStep(Counting(embedding().double(), ways=WAYS), compile=True)
+    for seed in range(3):
+        step(episode(seed))
+    assert len(made) == 1
 
 
 @pytest.mark.usefixtures("uncompiled")

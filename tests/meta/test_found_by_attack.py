@@ -1,13 +1,15 @@
 """What once went wrong without an error in a meta-learner; each now is right or says what is wrong."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy, mse_loss
 
-from theria.meta import MAML, SGD, Higher, MixedMode, Unrolled
+from theria.meta import IMAML, MAML, SGD, Higher, MAMLPlusPlus, MixedMode, Reptile, Unrolled
 
 EXACT = 1e-12
 
@@ -81,6 +83,18 @@ def test_frozen_parameters_are_not_adapted(episode):
     assert adapted["0.weight"].equal(before["0.weight"])
     assert not adapted["1.weight"].equal(before["1.weight"])
     assert not any(name.startswith("rates.lr.0/") for name, _ in learner.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [MAML, IMAML, MAMLPlusPlus, Reptile], ids=lambda k: k.__name__)
+def test_frozen_parameters_of_a_pure_function_are_not_adapted(episode, kind):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)).double()
+    model[0].requires_grad_(False)
+    module = kind(model, cross_entropy, SGD(0.1))
+    pure = kind(partial(functional_call, model), cross_entropy, SGD(0.1), params=dict(model.named_parameters()))
+    assert pure.adapted == module.adapted == ["1.weight", "1.bias"]
+    torch.testing.assert_close(pure.predict(episode), module.predict(episode), rtol=EXACT, atol=EXACT)
+    pure(episode).backward()
+    assert {name for name, p in pure.named_parameters() if p.grad is not None} == {"params.1/weight", "params.1/bias"}
 
 
 def test_a_loss_with_parameters_is_refused():

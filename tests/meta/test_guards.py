@@ -80,6 +80,22 @@ def test_second_and_forward_derivatives_raise_and_name_unrolled(differentiate, a
         differentiate(problem.outer(MixedMode()), argument, problem.arguments)
 
 
+@pytest.mark.parametrize("checkpoint_every", [None, 1])
+@pytest.mark.parametrize("argument", range(4), ids=["adapted", "fixed", "data", "rates"])
+@pytest.mark.parametrize("through", [jvp, lambda f, x, v: jvp(grad(f), x, v), lambda f, x, v: jacfwd(f)(*x)])
+def test_forward_mode_over_a_batch_of_tasks_raises_and_names_unrolled(through, argument, checkpoint_every, problem):
+    adjoint = MixedMode(checkpoint_every)
+    arguments = problem.arguments
+
+    def over_tasks(moving):
+        given = [*arguments[:argument], moving, *arguments[argument + 1 :]]
+        return vmap(lambda s: problem.outer(adjoint)(given[0], given[1], s * given[2], given[3]))(torch.ones(3)).sum()
+
+    given = (arguments[argument],)
+    with pytest.raises(NotImplementedError, match=r"MixedMode has no forward mode.*Unrolled"):
+        through(over_tasks, given, given)
+
+
 def test_unrolled_has_them(problem):
     for differentiate in SECOND:
         result = pytree.tree_leaves(differentiate(problem.outer(Unrolled()), 3, problem.arguments))
@@ -124,9 +140,23 @@ def dual(f, w):
         lambda f, w: jvp(f, (w,), (w,)),
         lambda f, w: vmap(lambda w: jvp(f, (w,), (w,)))(torch.stack([w, w])),
         lambda f, w: jvp(lambda w: vmap(lambda s: f(w * s))(torch.ones(2)).sum(), (w,), (w,)),
+        lambda f, w: jvp(lambda w: grad(lambda u: f(w) * u)(w.new_ones(())), (w,), (w,)),
+        lambda f, w: jvp(lambda w: vmap(grad(lambda u: f(w) * u))(torch.ones(2)), (w,), (w,)),
         dual,
     ],
-    ids=["backward", "grad", "vmap_grad", "grad_vmap", "grad_grad", "jvp", "vmap_jvp", "jvp_vmap", "dual"],
+    ids=[
+        "backward",
+        "grad",
+        "vmap_grad",
+        "grad_vmap",
+        "grad_grad",
+        "jvp",
+        "vmap_jvp",
+        "jvp_vmap",
+        "jvp_grad",
+        "jvp_vmap_grad",
+        "dual",
+    ],
 )
 def test_a_derivative_through_a_closed_over_tensor_raises(differentiate, closed):
     with pytest.raises(ValueError, match="neither in params nor in context"):

@@ -1,11 +1,12 @@
 """What holds for every learner with a classifier for each task; their outer gradients against autograd by hand."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import grad
+from torch.func import functional_call, grad
 
 from tests.meta.task_heads import (
     ADAPT,
@@ -22,7 +23,7 @@ from tests.meta.task_heads import (
     optimisers,
     tasks,
 )
-from theria.meta import SGD, Adjoint, FirstOrder, MixedMode, ProtoMAML, Truncated, UnicornMAML, Unrolled
+from theria.meta import SGD, Adam, Adjoint, FirstOrder, MixedMode, ProtoMAML, Truncated, UnicornMAML, Unrolled
 from theria.meta.implicit_adjoint import Implicit
 from theria.nn import MLP, residual_net
 
@@ -94,6 +95,19 @@ def test_learned_rates_have_the_gradient_of_their_value(kind, inner):
     torch.testing.assert_close(product, difference, rtol=1e-6, atol=1e-6)  # central differences of a smooth function
 
 
+@pytest.mark.parametrize("inner", [SGD(RATE, momentum=0.9), Adam(0.05), SGD(RATE, learn_lr=True)], ids=repr)
+@pytest.mark.parametrize("adapt", ADAPT.values(), ids=list(ADAPT))
+@pytest.mark.parametrize("adjoint", [*ADJOINTS, FirstOrder()], ids=repr)
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=lambda f: f.__name__)
+def test_values_do_not_depend_on_whether_gradients_are_recorded(kind, adjoint, adapt, inner, without):
+    learner, episode = kind(embedding(), None, inner, STEPS, adjoint, adapt, ways=WAYS), tasks()
+    plain = kind(embedding(), None, inner, STEPS, Unrolled(), adapt, ways=WAYS)
+    expected = plain.predict_trajectory(episode), plain.adapt(episode[0][0], episode[1][0])
+    with without():
+        actual = learner.predict_trajectory(episode), learner.adapt(episode[0][0], episode[1][0])
+    torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
+
+
 def test_what_it_learned_fits_another_number_of_classes(kind):
     """Two classes: the learner of three, told so, is the one that is made for two with the same parameters."""
     model, episode = embedding(), tasks()
@@ -130,6 +144,45 @@ def test_frozen_parameters_stay(kind):
     adapted = learner.adapt(episode[0][0], episode[1][0])
     assert torch.equal(adapted["body.0.weight"], first.weight)
     assert not torch.equal(adapted["body.2.weight"], model.body[2].weight)  # type: ignore[index]
+
+
+def test_frozen_parameters_of_a_pure_function_stay(kind):
+    """As those of a module, to which the learner of the function is equal."""
+    model, episode = embedding(), tasks()
+    first: Any = model.body[0]  # type: ignore[index]
+    first.requires_grad_(False)
+    inner = SGD(RATE, learn_lr=True)
+    module = kind(model, None, inner, STEPS, adapt=None, ways=WAYS)
+    params = dict(model.named_parameters())
+    pure = kind(partial(functional_call, model), None, inner, STEPS, adapt=None, ways=WAYS, params=params)
+    assert pure.adapted == module.adapted
+    assert "body.0.weight" not in pure.adapted
+    assert not pure.params["body/0/weight"].requires_grad
+    torch.testing.assert_close(pure.predict(episode), module.predict(episode), rtol=EXACT, atol=EXACT)
+
+
+class OwnHead(nn.Module):
+    """An embedding whose last layers are its `head`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = embedding(), nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, WIDTH).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("adapt", ["head", ["body", "head"]], ids=str)
+def test_a_head_of_the_models_own_is_not_taken_for_the_classifier(kind, adapt):
+    with pytest.raises(
+        ValueError, match=r"the model has 'head.1.weight' of its own: give \['head.weight', 'head.bias'\]"
+    ):
+        kind(OwnHead(), adapt=adapt, ways=WAYS)
+    classifier = ["head.weight", "head.bias"]
+    assert kind(OwnHead(), adapt=classifier, ways=WAYS).adapted == classifier  # what the message proposes
+    both = ["head.1", *classifier]
+    assert kind(OwnHead(), adapt=both, ways=WAYS).adapted == ["head.1.weight", "head.1.bias", *classifier]
+    assert kind(OwnHead(), adapt=None, ways=WAYS)(tasks()).isfinite()
 
 
 @pytest.mark.parametrize(

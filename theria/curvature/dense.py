@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from theria.curvature.precision import float32_under_autocast
+
 
 def solve(A: Tensor, B: Tensor, *, left: bool = True, out: Tensor | None = None) -> Tensor:
     """`torch.linalg.solve`: X with A X = B, or X A = B; A (..., N, N), B (..., N, K), or vectors (..., N)."""
     vector = B.ndim == 1 or (A.ndim - 1 == B.ndim and B.shape == A.shape[:-1])
     if out is not None or not _square(A) or (vector and not left):
         return torch.linalg.solve(A, B, left=left, out=out)
+    if A.device.type == "cpu":
+        A, B = float32_under_autocast(A, B)
     factors, pivots = torch.linalg.lu_factor(A)
     X = torch.linalg.lu_solve(factors, pivots, B.unsqueeze(-1) if vector else B, left=left)
     return X.squeeze(-1) if vector else X

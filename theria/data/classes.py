@@ -108,13 +108,27 @@ class ClassDataset:
         return cls.from_pairs(torch.stack(images), torch.tensor(labels), names)
 
     def select(self, classes: Tensor | Sequence[int]) -> ClassDataset:
-        """The data set of the given classes only: indices in the wanted order, or a boolean mask (classes,)."""
-        chosen = torch.as_tensor(classes)
+        """The data set of the given classes only: indices in the wanted order, or a boolean mask (classes,).
+
+        Raises:
+            ValueError: neither of both, an index that is no class, or no class at all.
+        """
+        chosen = torch.as_tensor(classes).cpu()
+        given = f"select: classes has shape {tuple(chosen.shape)} and type {chosen.dtype}"
         if chosen.dtype == torch.bool:
+            if chosen.shape != (len(self),):
+                raise ValueError(f"{given}; a mask has one entry for each of the {len(self)} classes")
             chosen = chosen.nonzero().flatten()
         if chosen.numel() == 0:
             raise ValueError(f"select: no class was chosen of the {len(self)}; at least one is needed")
+        if chosen.ndim != 1 or chosen.is_floating_point() or chosen.is_complex():
+            raise ValueError(f"{given}; a list of integers, the indices of classes, or a boolean mask is needed")
         chosen = chosen.to(torch.int64)
+        if int(chosen.min()) < -len(self) or int(chosen.max()) >= len(self):
+            raise ValueError(
+                f"select: indices run from {int(chosen.min())} to {int(chosen.max())}; each must lie between 0 and "
+                f"{len(self) - 1}, or count from the end, down to {-len(self)}"
+            )
         indices = chosen.tolist()
         return ClassDataset(
             self.images[chosen],

@@ -75,6 +75,7 @@ class EpisodeSampler:
     ) -> None:
         for name, value in {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}.items():
             check_positive("EpisodeSampler", name, value)
+        check_seed("EpisodeSampler", seed)
         _check_enough(dataset, ways, shots, queries)
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
         self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
@@ -148,6 +149,12 @@ def check_positive(who: str, name: str, value: int) -> None:
         raise TypeError(f"{who}: {name}={value!r} is a {type(value).__name__}; a positive integer is needed")
     if value < 1:
         raise ValueError(f"{who}: {name}={value}; at least 1 is needed")
+
+
+def check_seed(who: str, seed: int) -> None:
+    """Raises unless `seed` is an integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{who}: seed={seed!r} is a {type(seed).__name__}; an integer is needed")
 
 
 def check_step(who: str, step: int) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from theria.data.cache import cached_arrays, missing_extra
 from theria.data.classes import ClassDataset
+from theria.data.episodes import check_seed
 from theria.data.typefaces import FACES, Typefaces
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def glyph_counts(seed: int = 0) -> dict[str, dict[str, int]]:
 
 
 def _arrays(seed: int) -> dict[str, np.ndarray]:
+    check_seed("glyphs", seed)
     try:
         import matplotlib
         import PIL

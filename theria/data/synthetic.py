@@ -5,12 +5,13 @@ import math
 import torch
 
 from theria.data.draws import Draws
-from theria.data.episodes import Episode, check_positive, check_step
+from theria.data.episodes import Episode, check_positive, check_seed, check_step
 
 
-def _check_counts(who: str, **numbers: int) -> None:
+def _check_numbers(who: str, seed: int, **numbers: int) -> None:
     for name, value in numbers.items():
         check_positive(who, name, value)
+    check_seed(who, seed)
 
 
 class Sinusoid:
@@ -33,7 +34,7 @@ class Sinusoid:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        _check_counts("Sinusoid", shots=shots, queries=queries, tasks=tasks)
+        _check_numbers("Sinusoid", seed, shots=shots, queries=queries, tasks=tasks)
         self.shots, self.queries, self.tasks, self.seed, self.device = shots, queries, tasks, seed, device
 
     def sample(self, step: int) -> Episode:
@@ -68,7 +69,7 @@ class LinearRegression:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        _check_counts("LinearRegression", dim=dim, shots=shots, queries=queries, tasks=tasks)
+        _check_numbers("LinearRegression", seed, dim=dim, shots=shots, queries=queries, tasks=tasks)
         if not (math.isfinite(noise) and noise >= 0.0):
             raise ValueError(f"LinearRegression: noise={noise}; a finite standard deviation of at least 0 is needed")
         self.dim, self.shots, self.queries, self.tasks = dim, shots, queries, tasks

@@ -40,8 +40,9 @@ class CapturedStep:
     What is recorded is fixed: the shapes, the addresses of parameters and buffers (an optimiser of PyTorch updates them
     in place, and so does `load_state_dict`), and every branch that Python took: the labels of the first episode are
     checked, those of later ones are not. The memory of a step stays with its graph. Parameters that were moved, frozen
-    or replaced since are noticed and recorded anew; a hyperparameter that is a Python number, or a module in the place
-    of another, is not: make another step after changing one.
+    or replaced since are noticed and recorded anew, and so are the learner's own attributes that are numbers or
+    strings, such as `ways`; another hyperparameter, or a module in the place of another, is not: make another step
+    after changing one.
 
     Args:
         learner: a module whose call on an episode returns the outer loss, a scalar.
@@ -93,13 +94,19 @@ class CapturedStep:
         if parameters[0].device.type != "cuda" or not self.record:
             return self._run(episode, parameters)
         leaves, structure = pytree.tree_flatten(episode)
-        key = layout(leaves), structure, _places(self.learner), tuple(p.data_ptr() for p in parameters)
+        key = layout(leaves), structure, *self._places(parameters)
         recorded = self._graphs.get(key)
         if recorded is None:
             # what belonged to parameters that are elsewhere now will not be replayed again
             self._graphs = {k: graph for k, graph in self._graphs.items() if k[2:] == key[2:]}
-            recorded = self._graphs[key] = _Recorded(self._run, leaves, structure, parameters)
+            recorded = _Recorded(self._run, leaves, structure, parameters)
+            self._graphs[*key[:2], *self._places(parameters)] = recorded  # a learner may count its runs
         return recorded.replay(leaves, parameters)
+
+    def _places(self, parameters: list[nn.Parameter]) -> tuple[Any, ...]:
+        """Where the tensors are, and what else decides the step."""
+        tensors = [*self.learner.parameters(), *self.learner.buffers(), *parameters]
+        return tuple(x.data_ptr() for x in tensors), surroundings(self.learner)
 
     def _plain(self, episode: Any, parameters: list[nn.Parameter]) -> Tensor:
         wanted = set(parameters)
@@ -165,8 +172,3 @@ class _Recorded:
         for p, grad in zip(parameters, self.grads, strict=True):
             p.grad = grad  # also where the optimiser has set it to None
         return self.loss.clone()
-
-
-def _places(learner: nn.Module) -> tuple[Any, ...]:
-    """Where the learner's tensors are, and what else decides the step."""
-    return (*(x.data_ptr() for x in [*learner.parameters(), *learner.buffers()]), surroundings(learner))

@@ -19,6 +19,8 @@ Adapt = Callable[[str], bool] | str | Sequence[str] | None
 
 def check_loss_fn(loss_fn: Any) -> None:
     """A loss is a function: parameters of its own would not be learned."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn={loss_fn!r}: give a function (prediction, target) -> scalar")
     if isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters()):
         raise TypeError(
             "loss_fn is a module with parameters, which would not be meta-parameters: give a function, and put "
@@ -26,12 +28,12 @@ def check_loss_fn(loss_fn: Any) -> None:
         )
 
 
-def check_tasks(chunk_size: int | None, randomness: str) -> None:
+def check_tasks(chunk_size: Any, randomness: Any) -> None:
     """How tasks run under `vmap`."""
     if randomness not in ("error", "different", "same"):
         raise ValueError(f"randomness={randomness!r} is not known: give 'error', 'different' or 'same'")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: give at least 1 task, or None for all at once")
+    if chunk_size is not None and not _is_count(chunk_size):
+        raise ValueError(f"chunk_size={chunk_size!r}: give the number of tasks, at least 1, or None for all at once")
 
 
 def check_inner(inner: Any, adjoint: Any) -> None:
@@ -68,9 +70,33 @@ def check_positive(name: str, value: Any, hint: str) -> float:
 
 def check_count(name: str, value: Any) -> int:
     """`value`, when it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not _is_count(value):
         raise ValueError(f"{name}={value!r}: give an integer of at least 1")
     return value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+class Count:
+    """An attribute that is an integer of at least 1 whenever it is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, of: Any, owner: type) -> Any:
+        return self if of is None else vars(of)[self.name]
+
+    def __set__(self, of: Any, value: Any) -> None:
+        vars(of)[self.name] = check_count(self.name, value)
+
+
+class CountOrNone(Count):
+    """The same, or None."""
+
+    def __set__(self, of: Any, value: Any) -> None:
+        vars(of)[self.name] = value if value is None else check_count(self.name, value)
 
 
 def check_stationary(ratio: Tensor, tol: float, steps: int) -> None:
@@ -136,6 +162,18 @@ def check_every_class(member: Tensor, y: Tensor) -> None:
     )
 
 
+def check_embedding(h: Any, x: Tensor) -> Tensor:
+    """`h`, when it is one vector of features for each of the inputs `x`."""
+    if not isinstance(h, Tensor):
+        raise TypeError(f"the model returned a {type(h).__name__}: an embedding is a tensor (B, d) for B inputs")
+    if h.ndim != 2 or h.shape[0] != x.shape[0] or not h.is_floating_point():
+        raise ValueError(
+            f"the model returned shape {tuple(h.shape)}, {h.dtype}, for inputs {tuple(x.shape)}: an embedding is "
+            f"(B, d), floats, for B inputs; end the model with nn.Flatten(), or with unsqueeze(-1) for one feature"
+        )
+    return h
+
+
 def check_no_steps(steps: int | None, learner: str) -> int:
     """0, when a learner without inner steps is asked for none."""
     if steps is not None:
@@ -168,19 +206,28 @@ def select(names: Sequence[str], adapt: Adapt) -> list[str]:
         if not chosen:
             raise ValueError(f"adapt selects none of the parameters {_listed(names)}: make it true for at least one")
         return chosen
-    wanted = [adapt] if isinstance(adapt, str) else list(adapt)
+    wanted = names_of(adapt)
     if not wanted:
         raise ValueError(f"adapt is empty: give names among {_listed(names)}, or None for all")
     for prefix in wanted:
-        if not any(_within(name, prefix) for name in names):
+        if not any(within(name, prefix) for name in names):
             near = get_close_matches(prefix, [*names, *(name.rpartition(".")[0] for name in names)], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             parts = dict.fromkeys(name.partition(".")[0] for name in names)
             raise ValueError(f"adapt={prefix!r} is no parameter or module; there are {_listed(parts)}{hint}")
-    return [name for name in names if any(_within(name, prefix) for prefix in wanted)]
+    return [name for name in names if any(within(name, prefix) for prefix in wanted)]
 
 
-def _within(name: str, prefix: str) -> bool:
+def names_of(adapt: Any) -> list[str]:
+    """The names that `adapt` is or has."""
+    names = [adapt] if isinstance(adapt, str) else list(adapt) if isinstance(adapt, Iterable) else [adapt]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapt={adapt!r}: give names of parameters or modules, a predicate on names, or None for all")
+    return names
+
+
+def within(name: str, prefix: str) -> bool:
+    """Whether the parameter is the one of this name, or in the module of this name."""
     return name == prefix or name.startswith(prefix + ".")
 
 

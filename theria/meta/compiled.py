@@ -52,9 +52,12 @@ class Compiled:
         around = surroundings(self.learner)
         key = layout(leaves), structure, tuple(state), layout(list(state.values())), tuple(names), around
         precision = around[1] if self.autocast is None else self.autocast
-        if key not in self._of:
-            self._of[key] = _Step(self, leaves, structure, state, names, precision)
-        return self._of[key](leaves, state, parameters)
+        step = self._of.get(key) or _Step(self, leaves, structure, state, names, precision)
+        compared = step.checked
+        loss = step(leaves, state, parameters)
+        if not compared:  # the step itself has run, and a learner may count its runs
+            self._of[*key[:-1], surroundings(self.learner)] = step
+        return loss
 
 
 class _Step:
@@ -163,19 +166,22 @@ def _value(x: Any) -> Any:
     return type(x), x  # True == 1 == 1.0
 
 
-Surroundings = tuple[tuple[bool, ...], torch.dtype | None, tuple[str, str], tuple[int, ...]]
+Surroundings = tuple[
+    tuple[bool, ...], torch.dtype | None, tuple[str, str], tuple[int, ...], tuple[tuple[str, str], ...]
+]
 
 
 def surroundings(learner: nn.Module) -> Surroundings:
     """What else decides the operations of a step: which modules train, the dtype of autocast, float32's products and
-    convolutions, and which names are the same tensor."""
+    convolutions, which names are the same tensor, and the learner's own numbers and strings."""
     kind = next(learner.parameters()).device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     named = (learner.named_parameters(remove_duplicate=False), learner.named_buffers(remove_duplicate=False))
     first: dict[int, int] = {}
     tied = tuple(first.setdefault(id(x), len(first)) for _, x in chain(*named))
     float32 = matmul_precision(), convolution_precision()
-    return tuple(m.training for m in learner.modules()), autocast, float32, tied
+    values = tuple((k, repr(v)) for k, v in vars(learner).items() if isinstance(v, int | float | str) and k[0] != "_")
+    return tuple(m.training for m in learner.modules()), autocast, float32, tied, values
 
 
 @contextmanager

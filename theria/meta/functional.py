@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from theria.curvature.second_order import at_least_float32
+from theria.curvature.precision import at_least_float32
 from theria.meta.optimisers import Params
 from theria.nn.plain import is_plain
 
@@ -101,9 +101,18 @@ def one_hot(y: Tensor, ways: int) -> Tensor:
     Raises:
         ValueError: when `y` is not one integer a sample.
     """
-    if y.ndim != 1 or y.is_floating_point() or y.is_complex():
+    if y.ndim != 1 or not _is_integer(y):
         raise ValueError(f"support_y has shape {tuple(y.shape)}, {y.dtype}: class labels are integers, (S,) in a task")
-    return y.unsqueeze(-1) == torch.arange(ways, device=y.device)
+    return as_target(y).unsqueeze(-1) == torch.arange(ways, device=y.device)
+
+
+def as_target(y: Tensor) -> Tensor:
+    """Integers as int64, which are labels to PyTorch's losses on every device; anything else as it is."""
+    return y.long() if _is_integer(y) else y
+
+
+def _is_integer(y: Tensor) -> bool:
+    return not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
 
 
 def in_full(function: Callable[..., T]) -> Callable[..., T]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch  # type: ignore[attr-defined]
+from torch.utils import _pytree as pytree
 
 from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.optimisers import SGD, Adam, Hyper, InnerOptimiser, Params
@@ -53,19 +54,28 @@ class Higher(Adjoint):
                 "adjoint=Higher() runs under torch.autograd (loss.backward()), not inside torch.func transforms: "
                 "leave them, or use adjoint=Unrolled() or MixedMode()"
             )
-        module = _AsModule(inner_loss, params)
-        fast = higher.monkeypatch(module, copy_initial_weights=True, track_higher_grads=torch.is_grad_enabled())
-        fast.update_params([p if p.requires_grad else p.detach().requires_grad_() for p in params.values()])
-        stepper = higher.get_diff_optim(
-            _reference(optimiser, list(module.parameters())),
-            module.parameters(),
-            fmodel=fast,
-            track_higher_grads=torch.is_grad_enabled(),
-        )
-        with torch.enable_grad():
+        tracked = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.enable_grad():  # the gradient of a step is autograd's
+            params, context, hyper = pytree.tree_map_only(Tensor, _recordable, (params, context, hyper))
+            module = _AsModule(inner_loss, params)
+            fast = higher.monkeypatch(module, copy_initial_weights=True, track_higher_grads=tracked)
+            # Without a graph new leaves: a view that was made under `no_grad` is a leaf that gets no gradient.
+            start = [p if tracked and p.requires_grad else p.detach().requires_grad_() for p in params.values()]
+            fast.update_params(start)
+            stepper = higher.get_diff_optim(
+                _reference(optimiser, list(module.parameters())),
+                module.parameters(),
+                fmodel=fast,
+                track_higher_grads=tracked,
+            )
             for t in range(steps):
                 stepper.step(fast(context), override=_settings(optimiser, hyper, params, t))
-        return dict(zip(params, fast.fast_params, strict=True))
+        return dict(zip(params, (p if tracked else p.detach() for p in fast.fast_params), strict=True))
+
+
+def _recordable(x: Tensor) -> Tensor:
+    """A copy of what was made in inference mode; anything else as it is."""
+    return x.clone() if x.is_inference() else x
 
 
 def _reference(optimiser: SGD | Adam, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -28,7 +28,7 @@ from theria.meta.checks import (
     is_batched,
     select,
 )
-from theria.meta.functional import STEM, Predictor, has_stages, pure_function, stages
+from theria.meta.functional import STEM, Predictor, as_target, has_stages, pure_function, stages
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 from theria.meta.trajectory import trajectory
 
@@ -40,8 +40,9 @@ class Learner(nn.Module, ABC):
 
     Args:
         model: an `nn.Module`, or a pure function `f(params, x)` together with `params`.
-        loss_fn: (prediction, target) -> scalar.
-        params: the initial parameters of a pure function, by name.
+        loss_fn: (prediction, target) -> scalar. Integer targets are int64 there, whatever the episode has.
+        params: the initial parameters of a pure function, by name; an `nn.Parameter` stays the same object, and frozen
+            (requires_grad=False) if it is.
         chunk_size: how many tasks run at a time under `vmap`; None for all.
         randomness: what dropout does under `vmap`: "error", "different" masks for each task, or the "same".
         batch_norm: "batch" or "running", see NOTE [buffers are constants] in `theria.meta.functional`.
@@ -168,7 +169,7 @@ class Learner(nn.Module, ABC):
 
     def _loss(self, predict: Callable[[], Tensor], y: Tensor, what: str) -> Tensor:
         """The loss on one set of one task, by functions that can be differentiated twice."""
-        return check_scalar(second_order(lambda: self.loss_fn(predict(), y))(), what)
+        return check_scalar(second_order(lambda: self.loss_fn(predict(), as_target(y)))(), what)
 
     def _query_loss(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor, y: Tensor) -> Tensor:
         return self._loss(lambda: self._predict(meta_params, adapted, x), y, "query set")
@@ -217,9 +218,9 @@ class GradientLearner(Learner):
         self.steps, self.inner, self.adjoint = steps, inner, adjoint
 
     def _choose(self, adapt: Adapt) -> None:
-        """Adapt these parameters of the model; None: all, except those of a module that are frozen."""
+        """Adapt these parameters of the model; None: all but those that are frozen."""
         initial = self._theta(dict(self.named_parameters()))
-        if adapt is None and self._pure is None:  # what is frozen stays as it is
+        if adapt is None:
             adapt = {name for name, p in initial.items() if p.requires_grad}.__contains__
         chosen = select(list(initial), adapt)
         self._learn_rates({name: initial[name].detach() for name in chosen})

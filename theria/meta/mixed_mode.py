@@ -26,7 +26,7 @@ from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss, check_every, one_step
 from theria.meta.constant import plain_gradient
 from theria.meta.cuts import cut
-from theria.meta.levels import unshared
+from theria.meta.levels import carries_tangent, unshared
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params, State
 from theria.meta.recompute import Layout
 from theria.meta.replay import Replay, closed_over_vmap, probe
@@ -42,7 +42,7 @@ class MixedMode(Adjoint):
     Equal to `Unrolled` to rounding, with tasks under `vmap` and through `loss.backward()` or `torch.func.grad`.
     The inner loss runs once more in each step on the way back; random numbers of torch's global generators (dropout)
     are replayed there. It must draw from no other source, and what it calls must have a derivative forward over
-    reverse (PyTorch raises where it has none, such as in `F.group_norm` and `F.silu`): use `Unrolled` for those.
+    reverse (PyTorch raises where it has none, such as in `F.silu`): use `Unrolled` for those.
 
     Args:
         checkpoint_every: keep every k-th point of the trajectory only, and take the steps between again on the way
@@ -72,6 +72,12 @@ class MixedMode(Adjoint):
         check_problem(params, optimiser)
         if steps == 0:
             return params
+        # Before PyTorch asks the Function below for its jvp, which under `vmap` is an AssertionError.
+        if any(isinstance(x, Tensor) and carries_tangent(x) for x in pytree.tree_leaves((params, context, hyper))):
+            raise NotImplementedError(
+                "MixedMode has no forward mode, and it was given a tangent (torch.func.jvp, jacfwd or hessian). "
+                "Use torch.func.grad or loss.backward(), or adjoint=Unrolled(), which has both modes"
+            )
         inner_loss = second_order(inner_loss)
         replay = probe(self, inner_loss, params, context, optimiser, hyper)
         params = unshared(params)
@@ -145,13 +151,6 @@ class _InnerLoop(torch.autograd.Function):
         final = [torch.zeros_like(p) if cotangent is None else cotangent for cotangent, p in given]
         gradients = iter(_ReverseSweep.apply(ctx.loop, needed, *final, *ctx.saved_tensors))  # type: ignore[arg-type]
         return None, *(next(gradients) if need else None for need in needed)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "MixedMode has no forward mode, and it was given a tangent (torch.func.jvp, jacfwd or hessian). "
-            "Use torch.func.grad or loss.backward(), or adjoint=Unrolled(), which has both modes"
-        )
 
 
 class _ReverseSweep(torch.autograd.Function):

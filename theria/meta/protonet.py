@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from theria.meta.checks import check_count, check_every_class
+from theria.meta.checks import Count, check_embedding, check_every_class
 from theria.meta.functional import Predictor, in_full, one_hot
 from theria.meta.learner import Learner, LossFn
 from theria.meta.optimisers import Params
@@ -29,16 +29,18 @@ class ProtoNet(Learner):
     `adapt` returns {"prototypes": c}, (ways, d).
     """
 
+    ways = Count()
+
     def __init__(
         self, model: nn.Module | Predictor, loss_fn: LossFn | None = None, *, ways: int, **options: Any
     ) -> None:
         super().__init__(model, F.cross_entropy if loss_fn is None else loss_fn, **options)
-        self.ways = check_count("ways", ways)
+        self.ways = ways
 
     def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
         member = one_hot(y, self.ways)
         check_every_class(member, y)
-        h = self._function(self._theta(meta_params), x)
+        h = check_embedding(self._function(self._theta(meta_params), x), x)
         return {"prototypes": class_means(h, member)}
 
     def _predict(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theria.meta.checks import check_classes, check_count, check_positive
+from theria.meta.checks import CountOrNone, check_classes, check_embedding, check_positive
 from theria.meta.functional import Predictor, in_full, one_hot
 from theria.meta.learner import Learner, LossFn
 from theria.meta.optimisers import Params
@@ -33,6 +33,8 @@ class R2D2(Learner):
     `adapt` returns {"weight": W}, (d, c); (d,) where the targets are (S,).
     """
 
+    ways = CountOrNone()
+
     def __init__(
         self,
         model: nn.Module | Predictor,
@@ -43,13 +45,13 @@ class R2D2(Learner):
         **options: Any,
     ) -> None:
         super().__init__(model, loss_fn, **options)
-        self.ways = None if ways is None else check_count("ways", ways)
+        self.ways = ways
         like = next((p.detach() for p in self.parameters()), torch.zeros(()))
         self.log_ridge = nn.Parameter(like.new_tensor(math.log(check_positive("ridge", ridge, "lambda"))))
         self.alpha, self.beta = nn.Parameter(like.new_ones(())), nn.Parameter(like.new_zeros(()))
 
     def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
-        h = self._function(self._theta(meta_params), x)
+        h = check_embedding(self._function(self._theta(meta_params), x), x)
         weight = ridge_regression(h, self._targets(y, h), meta_params["log_ridge"].exp())
         return {"weight": weight.squeeze(-1) if self.ways is None and y.ndim == 1 else weight}
 
@@ -84,6 +86,9 @@ def _solve_definite(A: Tensor, b: Tensor) -> Tensor:
     """A^-1 b by Cholesky, NaN where A is not positive definite.
 
     Not `torch.linalg.solve`: see NOTE [PyTorch's solve and determinants over forward mode] in `theria.curvature.dense`.
+    Not `torch.cholesky_solve`: of a batch on a GPU it is MAGMA's, which aborts the process inside a CUDA graph.
     """
     factor, info = torch.linalg.cholesky_ex(A)
-    return torch.cholesky_solve(b, torch.where(info == 0, factor, torch.full_like(factor, float("nan"))))
+    factor = torch.where(info == 0, factor, torch.full_like(factor, float("nan")))
+    half = torch.linalg.solve_triangular(factor, b, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)

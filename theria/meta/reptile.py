@@ -31,7 +31,7 @@ class Reptile(GradientLearner):
         alpha: what the difference is divided by; None for the rate of `inner`, which then has to be a number.
         use_queries: learn from the support and the query set together, as Reptile has no split (section 2); False
             learns from the support set alone. `adapt` and `predict` always adapt to the support set.
-    The others: see `Learner`. Parameters of a module that are frozen are not adapted.
+    The others: see `Learner`. Frozen parameters are not adapted.
 
     Raises:
         ValueError: an inner optimiser that learns rates, or no `alpha` where `inner` has no single rate.

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from theria.curvature.second_order import second_order
 from theria.meta.adjoint import Adjoint, Context, InnerLoss, Unrolled
-from theria.meta.checks import Adapt, check_count, check_every_class, check_start, select
+from theria.meta.checks import Adapt, Count, check_embedding, check_every_class, check_start, names_of, select, within
 from theria.meta.functional import Predictor, in_full, one_hot
 from theria.meta.learner import GradientLearner, LossFn
 from theria.meta.optimisers import SGD, InnerOptimiser, Params
 
-WEIGHT, BIAS = "head.weight", "head.bias"
+HEAD, WEIGHT, BIAS = "head", "head.weight", "head.bias"
 
 
 class TaskHeadLearner(GradientLearner):
@@ -29,7 +29,8 @@ class TaskHeadLearner(GradientLearner):
 
     Args:
         model: the embedding f: an `nn.Module` x (B, *x) -> (B, d), or a pure function with `params`. It has no
-            parameter of its own called "head.weight" or "head.bias".
+            parameter of its own called "head.weight" or "head.bias", and where `adapt` names "head", none in a module
+            "head" either.
         loss_fn: of logits (S, ways) and labels; default cross-entropy.
         ways: number of classes of a task; labels are integers in [0, ways), each in the support set. Nothing that is
             learned depends on it: `learner.ways = 5` evaluates at 5 what learned at 20.
@@ -41,6 +42,8 @@ class TaskHeadLearner(GradientLearner):
 
     `adapt` returns all parameters of the model by its own names, and "head.weight" (ways, d) and "head.bias" (ways,).
     """
+
+    ways = Count()
 
     def __init__(
         self,
@@ -62,14 +65,15 @@ class TaskHeadLearner(GradientLearner):
             Unrolled() if adjoint is None else adjoint,
             **options,
         )
-        self.ways = check_count("ways", ways)
+        self.ways = ways
         self._choose(adapt)
         self._embeds_each_step = any(name not in (WEIGHT, BIAS) for name in self.adapted)
         check_start(self.adjoint, learned=self._learns_more)
 
     def _choose(self, adapt: Adapt) -> None:
-        """Adapt these parameters of the model and of the classifier; None: all but the model's that are frozen."""
-        initial = {name: p.detach() for name, p in self._theta(dict(self.named_parameters())).items()}
+        """Adapt these parameters of the model and of the classifier; None: all but those that are frozen."""
+        theta = self._theta(dict(self.named_parameters()))
+        initial = {name: p.detach() for name, p in theta.items()}
         if not initial:
             raise ValueError("the model has no parameters: there is no embedding to learn")
         taken = [name for name in (WEIGHT, BIAS) if name in initial]
@@ -78,11 +82,17 @@ class TaskHeadLearner(GradientLearner):
                 f"the model has parameters {taken}, names that the classifier made for each task needs: give the "
                 f"embedding, a model without its last layer (model.head = nn.Identity())"
             )
+        own = next((name for name in initial if within(name, HEAD)), None)
+        if own is not None and adapt is not None and not callable(adapt) and HEAD in names_of(adapt):
+            raise ValueError(
+                f"adapt={adapt!r}: {HEAD!r} is the classifier made for each task, and the model has {own!r} of its "
+                f"own: give {[WEIGHT, BIAS]} for the classifier, and whole names such as {own!r} for the model's"
+            )
         like = next(iter(initial.values()))
         # One entry: what broadcasts to every number of classes, and treats them alike.
         head = {WEIGHT: like.new_zeros(1, 1), BIAS: like.new_zeros(1)}
-        if adapt is None and self._pure is None:
-            frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        if adapt is None:
+            frozen = {name for name, p in theta.items() if not p.requires_grad}
             adapt = lambda name: name not in frozen  # noqa: E731
         chosen = select([*initial, *head], adapt)
         self._learn_rates({name: {**initial, **head}[name] for name in chosen})
@@ -93,7 +103,7 @@ class TaskHeadLearner(GradientLearner):
         theta = self._theta(meta_params)
         before, after = self._stages
         data = second_order(before)(theta, x)
-        h = second_order(after)(theta, data)
+        h = check_embedding(second_order(after)(theta, data), x)
         member = one_hot(y, self.ways)
         check_every_class(member, y)
         everything = {**theta, **self._head_start(h, member)}

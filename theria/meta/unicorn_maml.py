@@ -4,7 +4,7 @@ from math import sqrt
 
 from torch import Tensor
 
-from theria.curvature.second_order import at_least_float32
+from theria.curvature.precision import at_least_float32
 from theria.meta.checks import Adapt
 from theria.meta.optimisers import Params
 from theria.meta.task_head import BIAS, WEIGHT, TaskHeadLearner

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from theria.curvature.second_order import at_least_float32
+from theria.curvature.precision import at_least_float32
 from theria.nn.in_context import ContextTransformer, class_means
 
 

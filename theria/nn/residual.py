@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from theria.curvature.second_order import at_least_float32
+from theria.curvature.precision import at_least_float32
 from theria.nn.norm import BatchNorm2d
 
 
@@ -16,8 +16,9 @@ class GroupNorm(nn.Module):
     (Wu and He 2018, arXiv 1803.08494). (B, C, H, W) -> (B, C, H, W).
 
     At most 8 groups, of at least 4 channels where there are so many: a group of one channel on a 1x1 map would be
-    constant. In plain operations, because `F.group_norm` has no derivative forward over reverse (PyTorch 2.13), and in
-    few of them: one for the statistics, two for what an image's channels are multiplied by and shifted.
+    constant. In plain operations, because forward over reverse that of `F.group_norm` raises where no graph is kept
+    (PyTorch 2.13), and in few of them: one for the statistics, two for what an image's channels are multiplied by and
+    shifted.
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-5) -> None:

@@ -75,11 +75,12 @@ def own_block(blocks, S: constexpr) -> Any:
     """
     program = tl.program_id(0)
     if S.CAUSAL:
+        blocks = blocks.to(tl.uint32)  # unsigned: with what signed divisions need besides, one kernel spills
         heads = tl.maximum(TOGETHER // blocks, 1)
-        first = program // (heads * blocks) * heads
-        within = program - first * blocks
-        heads = tl.minimum(heads, tl.num_programs(0) // blocks - first)
-        return first + within % heads, within // heads
+        first = program.to(tl.uint32) // (heads * blocks) * heads
+        within = program.to(tl.uint32) - first * blocks
+        heads = tl.minimum(heads, tl.num_programs(0).to(tl.uint32) // blocks - first)
+        return (first + within % heads).to(tl.int32), (within // heads).to(tl.int32)
     else:
         return program // blocks, program % blocks
 
