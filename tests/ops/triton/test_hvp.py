@@ -145,7 +145,7 @@ def test_several_tiles(tile, N, M, causal):
 @pytest.mark.parametrize("heads", [3, 5])
 def test_causal_programs_are_dealt_out_by_several_heads(heads, monkeypatch):
     """Of two heads at a time, with three blocks each, and of those that are left; every block is computed once."""
-    monkeypatch.setattr(masks_of_kernels, "TOGETHER", type(masks_of_kernels.TOGETHER)(7))
+    monkeypatch.setattr(masks_of_kernels, "TOGETHER", type(masks_of_kernels.TOGETHER)(2))
     with tiled(Tile(16, 16, 1, 1)), override("jvp", Tile(16, 16, 1, 1)), override("forward", Tile(16, 16, 1, 1)):
         check(case(*random_call(40, 45, 8, 5, lead=(heads,), is_causal=True)))
 

@@ -62,7 +62,7 @@ def mask_scores(
     return x
 
 
-TOGETHER = tl.constexpr(1024)  # programs, over whose heads the longest come first: some waves of a GPU
+TOGETHER = tl.constexpr(16)  # heads whose causal programs come by turns: what one sees of them fits the cache
 
 
 @device
@@ -75,12 +75,10 @@ def own_block(blocks, S: constexpr) -> Any:
     """
     program = tl.program_id(0)
     if S.CAUSAL:
-        blocks = blocks.to(tl.uint32)  # unsigned: with what signed divisions need besides, one kernel spills
-        heads = tl.maximum(TOGETHER // blocks, 1)
-        first = program.to(tl.uint32) // (heads * blocks) * heads
-        within = program.to(tl.uint32) - first * blocks
-        heads = tl.minimum(heads, tl.num_programs(0).to(tl.uint32) // blocks - first)
-        return (first + within % heads).to(tl.int32), (within // heads).to(tl.int32)
+        first = program // (TOGETHER * blocks) * TOGETHER
+        within = program - first * blocks
+        heads = tl.minimum(TOGETHER, tl.num_programs(0) // blocks - first)
+        return first + within % heads, within // heads
     else:
         return program // blocks, program % blocks
 
