@@ -33,7 +33,7 @@ def outer_step(
         UserError: a setting of True for what cannot be recorded or compiled; by a step, when that fails.
     """
     record = _recorded(trainer.capture, learner, parameters[0].device.type == "cuda", say)
-    if trainer.compile and (reason := obstacle(learner)):
+    if trainer.compile and (reason := obstacle(learner) or _changes(learner)):
         raise UserError(f"trainer.compile=true: {reason}; give trainer.compile=false")
     step = CapturedStep(
         learner, parameters, record=record, compile=trainer.compile, autocast=AUTOCAST[trainer.precision]
@@ -71,8 +71,6 @@ def _recorded(wanted: bool | str, learner: Learner, cuda: bool, say: Callable[[s
 def obstacle(learner: Learner) -> str | None:
     """Why steps of this learner cannot be one graph; None where nothing is known against it."""
     adjoint = getattr(learner, "adjoint", None)
-    if isinstance(learner, MAMLPlusPlus):
-        return "learner=maml_plus_plus changes its step with the epoch"
     if isinstance(adjoint, Implicit):
         return "adjoint=implicit looks at the residuals of its solver"
     if isinstance(learner, IMAML) and learner.tol is not None:
@@ -80,6 +78,11 @@ def obstacle(learner: Learner) -> str | None:
     if isinstance(adjoint, meta.Higher):
         return "adjoint=higher was never recorded"
     return None
+
+
+def _changes(learner: Learner) -> str | None:
+    """Why a step would be compiled again and again, for minutes each time. To record it anew takes seconds."""
+    return "learner=maml_plus_plus changes its step with the epoch" if isinstance(learner, MAMLPlusPlus) else None
 
 
 def _explained(step: CapturedStep) -> OuterStep:

@@ -68,9 +68,9 @@ def takes_steps(learner: Learner) -> bool:
 
 
 def set_epoch(learner: Learner, config: LearnerConfig, step: int) -> None:
-    """Tell a learner that anneals how far training is."""
+    """Tell a learner that anneals how far training is; after its periods nothing changes, and no step is new."""
     if isinstance(learner, MAMLPlusPlus):
-        learner.epoch = step // config.epoch_steps
+        learner.epoch = min(step // config.epoch_steps, max(learner.multi_step_epochs, learner.first_order_epochs))
 
 
 def build(

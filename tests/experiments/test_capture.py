@@ -57,7 +57,6 @@ def test_what_is_not_recorded_is_said(learner_of):
 
 
 OBSTACLES = [
-    (["learner=maml_plus_plus"], "epoch"),
     (["learner=imaml", "adjoint=implicit"], "residuals"),
     (["learner=imaml", "learner.tol=0.5"], "learner.tol"),
     (["adjoint=higher"], "higher"),
@@ -70,6 +69,13 @@ def test_what_cannot_be_recorded_is_refused(learner_of, overrides, words):
         outer_step(True, learner_of(*overrides))
     with pytest.raises(UserError, match=rf"{words}.*trainer\.compile=false"):
         outer_step(False, learner_of(*overrides), compile=True)
+
+
+def test_a_step_that_changes_with_the_epoch_is_recorded_and_not_compiled(learner_of):
+    learner = learner_of("learner=maml_plus_plus")
+    outer_step(True, learner)
+    with pytest.raises(UserError, match=r"epoch.*trainer\.compile=false"):
+        outer_step(False, learner, compile=True)
 
 
 @pytest.mark.parametrize("overrides", [[], ["adjoint=mixed_mode"], ["adjoint=truncated"], ["learner=reptile"]])

@@ -138,7 +138,8 @@ def test_every_learner_trains(compose_config, option, tmp_path):
 def test_what_anneals_follows_the_outer_steps(compose_config):
     config = compose_config("learner=maml_plus_plus", "inner=sgd", "learner.epoch_steps=10")
     learner = build.build_learner(config)
-    for step, epoch in ((0, 0), (9, 0), (10, 1), (49, 4)):
+    last = config.learner.first_order_epochs  # of the two periods the longer one
+    for step, epoch in ((0, 0), (9, 0), (10, 1), (49, 4), (10 * last, last), (10**6, last)):
         learners.set_epoch(learner, config.learner, step)
         assert learner.epoch == epoch
 
