@@ -414,7 +414,7 @@ def _of_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: Attenti
 
 
 class LogSumExp(_Rule):
-    """q, k, mask, lse, spec -> lse, which is differentiated (2): w ↦ dQ = c w∘(PK), dK = c Pᵀ(w∘Q); t ↦ tau (11)."""
+    """q, k, mask, lse, spec -> lse with its derivatives (23), (24)."""
 
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -490,7 +490,7 @@ def log_sum_exp(ops: Operands, lse: Tensor, spec: AttentionSpec) -> Tensor:
 
 
 def log_sum_exp_tangent(ops: Operands, t: Tangents, spec: AttentionSpec) -> Tensor:
-    """tau = c rowsum(tQ∘(PK) + Q∘(P tK)), which is (11), by outputs that can be differentiated.
+    """tau (24), which is (11), by outputs that can be differentiated.
 
     Along a tangent of the mask it is that of :func:`jvp`, and its derivative raises NotImplementedError.
     """
