@@ -75,15 +75,16 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dropout_tensor": (
         {"dropout_p": torch.tensor(0.1, requires_grad=True)},
         TypeError,
-        r"dropout_p is a Tensor; a float is needed.*no gradient",
+        r"dropout_p is a Tensor; a float is needed.*Nothing is differentiated",
     ),
     "dropout_none": ({"dropout_p": None}, TypeError, r"dropout_p is a NoneType; a float is needed, 0\.0 for no"),
     "dropout_string": ({"dropout_p": "0.1"}, TypeError, r"dropout_p is a str"),
     "causal_string": ({"is_causal": "x"}, TypeError, r"is_causal is a str; a bool is needed"),
     "causal_int": ({"is_causal": 1}, TypeError, r"is_causal is a int; a bool is needed"),  # as PyTorch
+    "numpy_bool": ({"is_causal": np.bool_(True)}, TypeError, r"is_causal is a numpy\.bool_?; a bool is needed"),
     "gqa_none": ({"enable_gqa": None}, TypeError, r"enable_gqa is a NoneType; a bool is needed"),
     "scale_string": ({"scale": "0.5"}, TypeError, r"scale is a str; a float is needed"),
-    "scale_array": ({"scale": np.array(0.5)}, TypeError, r"scale is a ndarray; a float is needed"),
+    "scale_array": ({"scale": np.array(0.5)}, TypeError, r"scale is a numpy.ndarray; a float is needed"),
     "scale_size": ({"scale": 10**400}, ValueError, r"scale is an int of 1329 bits; a number of at most 1\.8e\+308"),
     "no_query_heads": (
         {"query": rand(2, 0, 5, 8), "key": rand(2, 2, 7, 8), "value": rand(2, 2, 7, 3), "enable_gqa": True},

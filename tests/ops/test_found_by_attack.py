@@ -74,6 +74,38 @@ def test_a_float32_number_beyond_half_precision_on_every_key(number: float, dtyp
         torch.testing.assert_close(a.float(), b, rtol=0.0, atol=8 * torch.finfo(dtype).eps)
 
 
+@backends
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float16, -60000.0), (torch.bfloat16, -1e4)])
+def test_a_mask_in_half_precision_that_is_one_large_number(dtype: torch.dtype, number: float, backend: str) -> None:
+    """The scores beside it are kept, as PyTorch keeps them: half precision has steps of 32 there."""
+    torch.manual_seed(0)
+    x = [torch.randn(1, n, 16, dtype=dtype) for n in (4, 10, 10)]
+    mask = torch.full((4, 10), number, dtype=dtype)
+    do, right = torch.randn(1, 4, 16, dtype=dtype), [y.double().requires_grad_() for y in x]
+    mine = [y.clone().requires_grad_() for y in x]
+    found = sdpa(mine[0], mine[1], mine[2], mask, backend=backend)
+    exact = naive_attention(right[0], right[1], right[2], attn_mask=mask.double())
+    pairs = zip(torch.autograd.grad(found, mine, do), torch.autograd.grad(exact, right, do.double()), strict=True)
+    for a, b in ((found, exact), *pairs):
+        assert (a.double() - b).norm() <= 8 * torch.finfo(dtype).eps * b.norm()
+
+
+@backends
+def test_explicit_functions_under_autocast_are_in_the_dtype_of_their_operands(backend: str) -> None:
+    s = make_sample().to(torch.float32)
+    rules: dict[str, Any] = {"backend": backend}
+
+    def results() -> list[Tensor]:
+        o, lse = sdpa_forward(*s.x, **rules)
+        to, tau = sdpa_jvp(*s.x, *s.t, out=o, lse=lse, **rules)
+        first = sdpa_vjp(*s.x, s.do, out=o, lse=lse, **rules)
+        return [o, lse, to, tau, *first, *sdpa_hvp(*s.x, s.do, *s.t, out=o, lse=lse, **rules)]
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(a.equal(b) for a, b in zip(results(), plain, strict=True))
+
+
 def test_a_row_whose_scores_are_all_enormous() -> None:
     """Without a mask, too, lse cannot hold beside 1.8e7 how many keys there are."""
     q, k = torch.full((1, 3, 4), 3000.0), torch.full((1, 5, 4), 3000.0)

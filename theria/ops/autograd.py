@@ -45,7 +45,7 @@ from torch.func import functionalize
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape, sum_to
 from theria.ops.sweep import compute_dtype
-from theria.ops.transforms import recorded
+from theria.ops.transforms import recorded, without_autocast
 
 # The modules that implement forward, vjp, jvp, hvp, jvp_jvp and, if they can do better than one after the other,
 # jvp_hvp (jvp, hvp) and forward_jvp (forward, jvp: :mod:`theria.ops.duals`). Each is imported when it is first used:
@@ -59,24 +59,12 @@ def rules(backend: str) -> ModuleType:
     return import_module(RULES[backend])
 
 
-_knows_autocast = cache(torch.amp.is_autocast_available)
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device (some, such as meta, do not know it)."""
-    return _knows_autocast(device) and torch.is_autocast_enabled(device)
-
-
 def call(name: str, spec: AttentionSpec, *args: Any) -> Any:
-    """Run a rule. Its dtypes are its own business: autocast must not reach into it."""
+    """Run a rule."""
     rule = getattr(rules(spec.backend), name, _jvp_then_hvp)
     if recorded():  # torch.func.linearize folds what is constant in a graph, and loses what was written in place there
         rule = functionalize(rule)
-    device = args[0].q.device.type
-    if autocasts(device):
-        with torch.autocast(device, enabled=False):
-            return rule(*args)
-    return rule(*args)
+    return without_autocast(rule, *args)
 
 
 def _jvp_then_hvp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents, *rest: Any) -> Any:

@@ -190,16 +190,22 @@ def check_options(
     """Raise unless what a call is given besides its operands has the right types and ranges."""
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, (bool, torch.SymBool)):
-            raise DtypeError(f"{name} is a {type(flag).__name__}; a bool is needed.")
+            raise DtypeError(f"{name} is a {_type_of(flag)}; a bool is needed.")
     check_scale(scale)
     check_dropout(dropout_p, seed)
+
+
+def _type_of(x: object) -> str:
+    """The name of its type, with the module's where it is not Python's own: NumPy has a bool, too."""
+    kind = type(x)
+    return kind.__name__ if kind.__module__ in ("builtins", "torch") else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
     if not isinstance(dropout_p, NUMBER):
         raise DtypeError(
-            f"dropout_p is a {type(dropout_p).__name__}; a float is needed, 0.0 for no dropout. A tensor would get no "
-            f"gradient: pass dropout_p.item()."
+            f"dropout_p is a {_type_of(dropout_p)}; a float is needed, 0.0 for no dropout. Nothing is differentiated "
+            f"with respect to it: of a tensor or an array pass dropout_p.item()."
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise ArgumentError(f"dropout_p is {dropout_p}; a probability between 0 and 1 is needed.")
@@ -237,7 +243,7 @@ def check_direction(name: str, direction: Sequence[Tensor | None]) -> None:
 def check_scale(scale: float | None) -> None:
     if scale is not None and not isinstance(scale, NUMBER):
         raise DtypeError(
-            f"scale is a {type(scale).__name__}; a float is needed. To differentiate with respect to a scale, multiply "
+            f"scale is a {_type_of(scale)}; a float is needed. To differentiate with respect to a scale, multiply "
             f"query by it and pass scale=1.0."
         )
     if isinstance(scale, int) and abs(scale) > sys.float_info.max:

@@ -10,35 +10,45 @@ Numbers in parentheses are those of ``theria/ops/README.md``. Operands are in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from theria.ops.dropout import keep_mask, keep_scale
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape, sum_to
+from theria.ops.transforms import without_autocast
 
 NEG_INF = float("-inf")
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+def _own_dtypes(rule: Rule) -> Rule:
+    """The rule in the dtype of its inputs, also under autocast."""
+
+    @wraps(rule)
+    def run(*args: Any) -> Any:
+        return without_autocast(rule, *args)
+
+    return run  # type: ignore[return-value]
 
 
 def scores(ops: Operands, spec: AttentionSpec) -> Tensor:
-    """S (1), with −inf where a key is hidden."""
+    """S (1), with −inf where a key is hidden; with an additive mask at least float32."""
     S = (ops.q @ ops.k.mT) * spec.scale
     if ops.mask is not None:
-        S = S.masked_fill(~ops.mask, NEG_INF) if ops.mask.dtype == torch.bool else _biased(S, ops.mask)
+        S = S.masked_fill(~ops.mask, NEG_INF) if ops.mask.dtype == torch.bool else S.to(_wider(S, ops.mask)) + ops.mask
     if spec.is_causal:
         N, M = S.shape[-2:]
         S = S.masked_fill(torch.ones(N, M, dtype=torch.bool, device=S.device).triu(1), NEG_INF)
     return S
 
 
-def _biased(S: Tensor, mask: Tensor) -> Tensor:
-    """S with an additive mask, in the dtype of S, in which a finite number of a wider mask stays finite."""
-    total = (S + mask).to(S.dtype)
-    if mask.dtype == S.dtype:
-        return total
-    range_ = torch.finfo(S.dtype)
-    limit = torch.where(total > 0, range_.max, range_.min).to(S.dtype)
-    kept = limit + (S - S.detach()) + (mask - mask.detach()).to(S.dtype)  # the limit, with the derivatives of the sum
-    return torch.where(total.isinf() & mask.isfinite(), kept, total)
+def _wider(S: Tensor, mask: Tensor) -> torch.dtype:
+    """What scores under an additive mask are added up in: half precision would lose them beside a large number."""
+    return torch.promote_types(torch.promote_types(S.dtype, mask.dtype), torch.float32)
 
 
 def softmax(S: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +68,12 @@ def softmax(S: Tensor) -> tuple[Tensor, Tensor]:
     return weight / total, lse.squeeze(-1)
 
 
+def _probabilities(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """P and lse (2) in the dtype of the operands."""
+    P, lse = softmax(scores(ops, spec))
+    return P.to(ops.q.dtype), lse.to(ops.q.dtype)
+
+
 def dropout_factor(ops: Operands, spec: AttentionSpec, like: Tensor) -> Tensor | float:
     """R (3): 0 for a dropped entry of P, 1/(1 − p) for a kept one."""
     if ops.seed is None:
@@ -66,13 +82,15 @@ def dropout_factor(ops: Operands, spec: AttentionSpec, like: Tensor) -> Tensor |
     return keep.to(like.dtype) * keep_scale(spec.dropout_p)
 
 
+@_own_dtypes
 def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """O (4) and lse (2)."""
-    P, lse = softmax(scores(ops, spec))
+    P, lse = _probabilities(ops, spec)
     o = (P * dropout_factor(ops, spec, P)) @ ops.v
     return o, lse.expand(o.shape[:-1])
 
 
+@_own_dtypes
 def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes):
     """Cotangents of q, k, v and mask (5)-(9); ``shapes`` are those to reduce them to, None where not wanted."""
     del o, lse
@@ -81,6 +99,7 @@ def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, 
     return _reduce(spec.scale * dS @ ops.k, spec.scale * dS.mT @ ops.q, (R * P).mT @ do, dS, ops, shapes)
 
 
+@_own_dtypes
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """tO (12) and tau (11), the tangent of lse."""
     del o
@@ -92,6 +111,7 @@ def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec)
     return to, (P * tS).sum(-1).expand(lse.shape)
 
 
+@_own_dtypes
 def hvp(
     ops: Operands,
     o: Tensor,
@@ -125,6 +145,7 @@ def hvp(
     return _reduce(spec.scale * tdq, spec.scale * tdk, tdv, tdS, ops, shapes)
 
 
+@_own_dtypes
 def jvp_jvp(
     ops: Operands,
     o: Tensor,
@@ -155,7 +176,7 @@ def jvp_jvp(
 
 def _weights(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor | float]:
     """P (2) and R (3)."""
-    P, _ = softmax(scores(ops, spec))
+    P, _ = _probabilities(ops, spec)
     return P, dropout_factor(ops, spec, P)
 
 

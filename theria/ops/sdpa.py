@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from theria.ops import checks, reference
-from theria.ops.autograd import Forward, autocasts
+from theria.ops.autograd import Forward
 from theria.ops.capabilities import CAPABILITIES, PREFERENCE
 from theria.ops.duals import dual_output
 from theria.ops.operands import AttentionSpec, Layout, Operands, canonical, default_scale, with_dropout
-from theria.ops.transforms import in_graph
+from theria.ops.transforms import autocasts, in_graph
 
 
 class Prepared(NamedTuple):
@@ -178,7 +178,7 @@ def sdpa(
         enable_gqa: ``key`` and ``value`` may have fewer heads (dimension -3) than ``query``.
         seed: makes dropout a pure function: the mask depends on the seed and the position only, is replayed in every
             derivative and is the same on every backend. An int or an int64 tensor of one element. Drawn from torch's
-            global generator when None.
+            global generator when None; a recorded graph (``make_fx``, ``torch.func.linearize``) draws at each call.
         backend: "reference", "custom", "triton" or "auto" (the best that supports the call; see :func:`explain`).
             A named backend never becomes another one.
 

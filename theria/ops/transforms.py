@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +63,23 @@ def differentiated(x: Tensor) -> str | None:
             if not is_functorch_wrapped_tensor(x):
                 return None
             x = get_unwrapped(x)
+
+
+_knows_autocast = cache(torch.amp.is_autocast_available)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device (some, such as meta, do not know it)."""
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(rule: Callable[..., Any], ops: Any, *args: Any) -> Any:
+    """Run a rule on canonical operands. Its dtypes are its own business: autocast must not reach into it."""
+    device = ops.q.device.type
+    if autocasts(device):
+        with torch.autocast(device, enabled=False):
+            return rule(ops, *args)
+    return rule(ops, *args)
 
 
 def recorded() -> bool:

@@ -190,3 +190,32 @@ def test_a_key_that_a_map_leaves_as_it_is_beside_values_of_each_task() -> None:
 
     mine = torch.func.grad(partial(loss, fused))(k, q, v)
     assert error(mine, torch.func.grad(partial(loss, truth))(k.double(), q.double(), v.double())) <= FLOAT32
+
+
+def test_small_cotangents_in_float16_of_rows_that_are_all_one_large_number() -> None:
+    """Each of 1,024 keys has a thousandth of such a row, and of its cotangent, which float16 can hardly hold."""
+    torch.manual_seed(0)
+    x = [make(1, n, 4).half() for n in (16, 1024, 1024)]
+    do, *t = (1e-3 * make(1, 16, 4)).half(), *(make(*y.shape).half() for y in x)
+    mask = torch.full((16, 1024), -1e9, device=DEVICE)
+
+    def derivatives(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        y = [z.to(dtype).requires_grad_() for z in x]
+        first = torch.autograd.grad(attend(*y, attn_mask=mask.to(dtype)), y, do.to(dtype), create_graph=True)
+        return [*(z.detach() for z in first), *torch.autograd.grad(first, y, [z.to(dtype) for z in t])]
+
+    exact = derivatives(naive_attention, torch.float32)
+    in_half = derivatives(partial(sdpa, backend="custom"), torch.float16)
+    for mine, other, right in zip(derivatives(fused, torch.float16), in_half, exact, strict=True):
+        assert error(mine, right.double()) <= 1.2 * error(other, right.double()) + 1e-3
+
+
+def test_seeds_are_mapped_beside_an_additive_mask() -> None:
+    q, k, v = make(1, 4, 8), make(1, 140, 8), make(1, 140, 8)
+    mask, seeds = make(4, 140), torch.tensor([1, 2], device=DEVICE)
+
+    def gradient(seed: Tensor, backend: str) -> Tensor:
+        return torch.func.grad(lambda q: sdpa(q, k, v, mask, 0.3, seed=seed, backend=backend).sin().sum())(q)
+
+    mine, right = (torch.vmap(partial(gradient, backend=name))(seeds) for name in ("triton", "reference"))
+    assert error(mine, right.double()) <= FLOAT32

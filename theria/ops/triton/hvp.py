@@ -18,7 +18,7 @@ from theria.ops.triton.masks import key_range, own_keys, own_rows, row_range
 from theria.ops.triton.parts import load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
-from theria.ops.triton.row_sums import row_shares, with_share
+from theria.ops.triton.row_sums import row_shares, with_shares
 from theria.ops.triton.softmax import probabilities, scaled_scores
 from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
@@ -209,9 +209,8 @@ def hvp(
 
     ``stats``: the packed row statistics, where the jvp has left them.
     """
-    shares = row_shares(ops, lse, spec)
-    do, tdo = with_share(do, shares), None if tdo is None else with_share(tdo, shares)
-    frame = Frame(ops, spec, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
+    (do, tdo), factor = with_shares((do, tdo), row_shares(ops, lse, spec))
+    frame = Frame(ops, spec, factor=factor, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
     if stats is None:
         stats = row_stats(frame, lse, tau)
     return cotangents("hvp", (hvp_dq_kernel, hvp_dkv_kernel), READS, with_parts(frame, READS), stats, shapes)

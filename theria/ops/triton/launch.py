@@ -68,6 +68,7 @@ class Frame:
     Args:
         ops: canonical operands.
         spec: the call.
+        factor: a number (a tensor) that the cotangents are divided by when they are finished; None for one.
         tensors: by the names of :class:`Strides`, what kernels read besides the operands; None for absent ones.
 
     Attributes:
@@ -75,14 +76,16 @@ class Frame:
         N, M, D, E: rows, keys, widths of queries and values.
     """
 
-    def __init__(self, ops: Operands, spec: AttentionSpec, **tensors: Tensor | None) -> None:
+    def __init__(
+        self, ops: Operands, spec: AttentionSpec, *, factor: Tensor | None = None, **tensors: Tensor | None
+    ) -> None:
         given = {"q": ops.q, "k": ops.k, "v": ops.v, **tensors}
         self.tensors = {name: _readable(x) for name, x in given.items() if x is not None}
         if ops.mask is not None:
             self.tensors["mask"] = ops.mask.view(torch.uint8) if ops.mask.dtype == torch.bool else ops.mask
         if ops.seed is not None:
             self.tensors["seed"] = ops.seed
-        self.spec = spec
+        self.spec, self.factor = spec, factor
         self.lead = batch_shape(*self.tensors.values())
         self.heads = self.lead.numel()
         (self.N, self.D), (self.M, self.E) = ops.q.shape[-2:], ops.v.shape[-2:]
@@ -139,20 +142,22 @@ class Frame:
     def new_cotangent(self, name: str, shape: torch.Size | None, grouped: bool = False) -> Tensor | None:
         """What a kernel writes for the wanted cotangent ``name`` ("dq", "dk", "dv") of every head.
 
-        It is float32 where :meth:`finish` then sums over broadcast dimensions.
+        It is float32 where :meth:`finish` then sums over broadcast dimensions or divides.
         """
         if shape is None:
             return None
         full = (*self.lead[:-1], 1, *shape[-2:]) if grouped else (*self.lead, *shape[-2:])
-        return self.new(name, name[-1], full, self.dtype if full == tuple(shape) else torch.float32)
+        last = full == tuple(shape) and self.factor is None
+        return self.new(name, name[-1], full, self.dtype if last else torch.float32)
 
     def finish(self, x: Tensor | None, shape: torch.Size | None) -> Tensor | None:
         """A wanted cotangent from what the kernel wrote."""
-        if x is None or shape is None or x.shape == shape:
+        if x is None or shape is None or (x.shape == shape and self.factor is None):
             return x
         plans.unplanned()
         name = next(name for name in ("dq", "dk", "dv") if self.tensors.get(name) is x)
-        return _empty_in_order(self.tensors[name[-1]], tuple(shape), self.dtype).copy_(sum_to(x, shape))
+        total = sum_to(x, shape) if self.factor is None else sum_to(x, shape) / self.factor
+        return _empty_in_order(self.tensors[name[-1]], tuple(shape), self.dtype).copy_(total)
 
     def sums_last(self, *shapes: torch.Size | None) -> bool:
         """Whether one program may sum over the last leading dimension (grouped queries).

@@ -5,11 +5,13 @@ logarithm of how many keys there are is lost beside it, and exp(S − lse) sums 
 these rows up, at the cost of one more product, and has P as exp(S − lse) times the *share* 1 / rowsum.
 
 Every derivative of (5)-(22) is linear in P where delta, tau and the like are given, and those of :mod:`.vjp` and
-:mod:`.hvp` are linear in (dO, tdO), too: there dO and tdO take the share (:func:`with_share`), and the kernels need not
-know of it.
+:mod:`.hvp` are linear in (dO, tdO), too: there dO and tdO take the share (:func:`with_shares`), and the kernels need
+not know of it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +29,7 @@ from theria.ops.triton.tensors import at_row, constexpr, coordinates, load_row, 
 from theria.ops.triton.tiles import select
 
 OPERANDS = ("q", "k")
+LARGEST = 16.0  # of a cotangent: its products with values of usual size are far from the end of float16
 NAMES = ("q", "k", "mask")
 
 
@@ -59,7 +62,7 @@ def row_shares(ops: Operands, lse: Tensor, spec: AttentionSpec) -> Tensor | None
     """1 / rowsum(exp(S − lse)), float32 (*L, N); None without an additive mask, where it is 1 up to rounding."""
     if not has_additive_mask(ops):
         return None
-    frame = with_parts(Frame(ops._replace(seed=None), spec), OPERANDS)
+    frame = with_parts(Frame(ops, spec), OPERANDS)
     tile = select("forward", frame)
     shares = frame.new_rows()
     tensors, strides, call, static = frame.describe(NAMES, tile)
@@ -69,10 +72,22 @@ def row_shares(ops: Operands, lse: Tensor, spec: AttentionSpec) -> Tensor | None
     return shares
 
 
-def with_share(x: Tensor, shares: Tensor | None) -> Tensor:
-    """Rows (*L, N, E) times their shares, rounded once to the dtype of x; x itself where there are none."""
+def with_shares(cotangents: tuple[Tensor | None, ...], shares: Tensor | None) -> tuple[tuple[Any, ...], Tensor | None]:
+    """Cotangents (*L, N, E) times the shares of their rows, in their dtype; they themselves where there are no shares.
+
+    In float16 a share of a thousandth may leave too little of a cotangent. So they are times a power of two besides,
+    the largest of at least 1 that lets none grow beyond LARGEST: the second result, by which those of the rule are to
+    be divided; None for 1.
+    """
     if shares is None:
-        return x
+        return cotangents, None
     plans.unplanned()
-    factor = shares[..., None]
-    return torch.mul(x, factor, out=x.new_empty(torch.broadcast_shapes(x.shape, factor.shape)))
+    present = [x * shares[..., None] for x in cotangents if x is not None]
+    dtype, factor = next(x.dtype for x in cotangents if x is not None), None
+    if dtype == torch.float16:
+        room = LARGEST / torch.stack([x.abs().amax() for x in present]).amax()
+        room = room.nan_to_num(1.0, 1.0).clamp(1.0, 2.0**64)  # also where all are zero, or one is not finite
+        factor = torch.exp2(room.log2().floor())
+        present = [x * factor for x in present]
+    rounded = iter([x.to(dtype) for x in present])
+    return tuple(None if x is None else next(rounded) for x in cotangents), factor

@@ -18,7 +18,7 @@ from theria.ops.triton.masks import key_range, own_keys, own_rows, row_range
 from theria.ops.triton.parts import load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
-from theria.ops.triton.row_sums import row_shares, with_share
+from theria.ops.triton.row_sums import row_shares, with_shares
 from theria.ops.triton.softmax import probabilities, scaled_scores
 from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
@@ -134,6 +134,7 @@ def vjp(
     ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, None; see :func:`theria.ops.reference.vjp`."""
-    frame = Frame(ops, spec, o=o, do=with_share(do, row_shares(ops, lse, spec)))
+    (do,), factor = with_shares((do,), row_shares(ops, lse, spec))
+    frame = Frame(ops, spec, factor=factor, o=o, do=do)
     stats = row_stats(frame, lse)
     return cotangents("vjp", (vjp_dq_kernel, vjp_dkv_kernel), READS, with_parts(frame, READS), stats, shapes)
