@@ -4,15 +4,15 @@ PyTorch keeps a tensor that a transform works on in a wrapper with the number of
 apart.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+
+from theria.ops.transforms import at_some_level, differentiated, tangent
 
 Tree = Any  # a pytree
 
@@ -70,29 +70,9 @@ def tasks_first(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 def carries_derivative(tensor: Tensor) -> bool:
     """Whether a tensor has a gradient to compute or a tangent, at any level of torch.func."""
-    return _at_any_level(lambda x: x.requires_grad or _has_tangent(x), tensor)
+    return differentiated(tensor) is not None
 
 
 def carries_tangent(tensor: Tensor) -> bool:
     """Whether a tensor has a tangent, at any level of torch.func."""
-    return _at_any_level(_has_tangent, tensor)
-
-
-def _at_any_level(holds: Callable[[Tensor], bool], tensor: Tensor) -> bool:
-    with ExitStack() as left:
-        while True:
-            # A transform inside that of the tensor's level would lift the tensor, and see no tangent of it.
-            level = _functorch.maybe_get_level(tensor)
-            while (inner := _functorch.peek_interpreter_stack()) is not None and inner.level() > level:
-                left.enter_context(temporarily_pop_interpreter_stack())
-            if holds(tensor):
-                return True
-            if not _functorch.is_functorch_wrapped_tensor(tensor):
-                return False
-            tensor = _functorch.get_unwrapped(tensor)
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    if _functorch.is_batchedtensor(tensor):
-        return False  # a level of vmap has none of its own; what it wraps is looked at next
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return at_some_level(tangent, tensor) is not None

@@ -23,7 +23,7 @@ they are one Function, JvpHvp, whose derivatives are those of its two halves.
 because the formulas are already total derivatives. The rules give ``lse`` and ``tau`` without derivatives;
 :func:`log_sum_exp` and :func:`log_sum_exp_tangent` have them, for a caller who is given these, too.
 
-Third order is guarded by backwards that raise; :class:`ThirdOrder` raises exactly where a derivative with respect to an
+Third order is guarded by backwards that raise; :class:`Refused` raises exactly where a derivative with respect to an
 operand of Hvp is asked for. ``once_differentiable`` would not do: under ``autograd.grad(inputs=)`` it drops terms
 without an error.
 """
@@ -31,7 +31,7 @@ without an error.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -257,35 +257,34 @@ def _pull_jvp(
     return grads, tangent_grads
 
 
-class ThirdOrder(_Rule):
-    """Identity on an operand of Hvp; its derivative would be of third order."""
+class Refused(_Rule):
+    """x, what else it depends on, error -> x, whose derivative raises ``error()``."""
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        x, _ = args
-        return x.view_as(x)
+        return args[0].view_as(args[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.spec = inputs[1]
+        ctx.error, ctx.count = inputs[-1], len(inputs)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         if _any(cotangents):
-            raise _third_order("hvp", ctx.spec)
-        return None, None
+            raise ctx.error()
+        return (None,) * ctx.count
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        raise _third_order("hvp", ctx.spec)
+        raise ctx.error()
 
 
 class Hvp(_Rule):
     """(q, k, v, mask, seed), o, lse, do, (tq, tk, tv, tmask), tdo, to, tau, spec, shapes -> tdq, tdk, tdv, tdmask.
 
     In (t, tdo) it is the linear map t, tdo ↦ H t + Jᵀ tdo with H symmetric, whose adjoint is w ↦ (H w, J w).
-    The operands come through :class:`ThirdOrder`.
+    The operands come through :class:`Refused`.
     """
 
     @staticmethod
@@ -321,7 +320,7 @@ class Hvp(_Rule):
 
 
 def _third_order_zeros(tensors: tuple[Any, ...], needed: tuple[bool, ...]) -> Any:
-    """Gradients of operands that came through :class:`ThirdOrder`, which raises at them, and only if it is asked."""
+    """Gradients of operands that came through :class:`Refused`, which raises at them, and only if it is asked."""
     return (torch.zeros_like(x) if need and x is not None else None for x, need in zip(tensors, needed, strict=True))
 
 
@@ -330,7 +329,7 @@ class JvpHvp(_Rule):
     -> (to, tau), (tdq, tdk, tdv, tdmask).
 
     Its first half is Jvp of the operands. Its second half is Hvp of the second copy of them, which comes through
-    :class:`ThirdOrder`, as ``do`` does.
+    :class:`Refused`, as ``do`` does.
     """
 
     @staticmethod
@@ -440,29 +439,6 @@ class LogSumExp(_Rule):
         return tau.expand_as(lse)
 
 
-class AlongMask(_Rule):
-    """tau, what it depends on, spec -> tau along a tangent of the mask, whose own derivative raises."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return args[0].view_as(args[0])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.spec, ctx.count = inputs[-1], len(inputs)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        if _any(cotangents):
-            raise _of_mask(ctx.spec)
-        return (None,) * ctx.count
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise _of_mask(ctx.spec)
-
-
 def _of_mask(spec: AttentionSpec) -> NotImplementedError:
     return NotImplementedError(
         f"backend '{spec.backend}' has no derivative of lse with respect to attn_mask, nor of its tangent along one of "
@@ -477,22 +453,24 @@ def log_sum_exp(ops: Operands, lse: Tensor, spec: AttentionSpec) -> Tensor:
     return LogSumExp.apply(ops.q, ops.k, ops.mask, lse, spec)
 
 
-def log_sum_exp_tangent(ops: Operands, t: Tangents, spec: AttentionSpec) -> Tensor:
+def log_sum_exp_tangent(ops: Operands, t: Tangents, spec: AttentionSpec, tau: Tensor | None = None) -> Tensor:
     """tau (24), which is (11), by outputs that can be differentiated.
 
-    Along a tangent of the mask it is that of :func:`jvp`, and its derivative raises NotImplementedError.
+    Along a tangent of the mask it is that of :func:`jvp` (``tau``, where it is known), and its derivative raises
+    NotImplementedError.
     """
     if t.mask is not None:
-        of_keys, spec = _of_keys(ops.q, ops.k, ops.k, ops.mask, spec)
-        _, tau = jvp(of_keys, *forward(of_keys, spec), t._replace(v=None), spec)
-        return AlongMask.apply(tau, ops.q, ops.k, ops.mask, *t, spec)
+        if tau is None:
+            of_keys, spec = _of_keys(ops.q, ops.k, ops.k, ops.mask, spec)
+            _, tau = jvp(of_keys, *forward(of_keys, spec), t._replace(v=None), spec)
+        return Refused.apply(tau, ops.q, ops.k, ops.mask, *t, partial(_of_mask, spec))
     dtype = compute_dtype(ops.q.dtype)
-    tau = ops.q.new_zeros((*batch_shape(*ops, *t), ops.q.shape[-2]), dtype=dtype)
+    total = ops.q.new_zeros((*batch_shape(*ops, *t), ops.q.shape[-2]), dtype=dtype)
     for x, values in ((t.q, ops.k), (ops.q, t.k)):
         if x is not None and values is not None:
             means, _ = forward(*_of_keys(ops.q, ops.k, values, ops.mask, spec))
-            tau = tau + spec.scale * (x.to(dtype) * means.to(dtype)).sum(-1)
-    return tau
+            total = total + spec.scale * (x.to(dtype) * means.to(dtype)).sum(-1)
+    return total
 
 
 # The five rules under the signatures of the reference, differentiable as far as the closure goes. Where nothing can be
@@ -540,7 +518,8 @@ def hvp(
 
 
 def _guarded(ops: Operands, do: Tensor, spec: AttentionSpec) -> Any:
-    return (None if x is None else ThirdOrder.apply(x, spec) for x in (*ops[:4], do))
+    error = partial(_third_order, "hvp", spec)
+    return (None if x is None else Refused.apply(x, error) for x in (*ops[:4], do))
 
 
 def jvp_hvp(

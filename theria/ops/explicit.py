@@ -181,7 +181,7 @@ def sdpa_jvp(
         to, tau = call.rules.jvp(call.ops, *call.residuals(out, lse), t, call.spec)
     moving = (x is not None and differentiated(x) for x in (*call.ops[:4], *t))
     if call.rules is autograd and autograd.differentiable() and any(moving):
-        tau = autograd.log_sum_exp_tangent(call.ops, t, call.spec).expand_as(tau)
+        tau = autograd.log_sum_exp_tangent(call.ops, t, call.spec, tau).expand_as(tau)
     return call.layout.leave(to), call.layout.leave_row(tau)
 
 

@@ -55,6 +55,11 @@ class Operands(NamedTuple):
     mask: Tensor | None
     seed: Tensor | None
 
+    @property
+    def additive(self) -> bool:
+        """Whether the mask is added to the scores."""
+        return self.mask is not None and self.mask.is_floating_point()
+
 
 class Tangents(NamedTuple):
     """One tangent per differentiable operand; None stands for zero and costs nothing."""

@@ -20,6 +20,7 @@ from torch._C._functorch import (
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 Call = TypeVar("Call", bound=Callable[..., Any])
+Found = TypeVar("Found")
 
 
 def in_graph(function: Call) -> Call:
@@ -45,24 +46,34 @@ def in_graph(function: Call) -> Call:
     return call  # type: ignore[return-value]
 
 
-def differentiated(x: Tensor) -> str | None:
-    """How a tensor takes part in a derivative, at whatever level of ``torch.func``; None when it is a constant.
+def at_some_level(look: Callable[[Tensor], Found | None], x: Tensor) -> Found | None:
+    """What ``look`` finds in a tensor first, from the level of ``torch.func`` that it belongs to down to the plain one.
 
-    A tangent is seen from the level that it belongs to, so that the levels above it are left on the way.
+    A tangent is seen from its own level only, so that the levels above it are left on the way.
     """
     with ExitStack() as left:
         while True:
-            if x.requires_grad:
-                return "requires grad"
             top = peek_interpreter_stack()
             if top is not None and top.level() > maybe_get_level(x):
                 left.enter_context(retrieve_current_functorch_interpreter().lower())
                 continue
-            if fwad._current_level >= 0 and not is_batchedtensor(x) and fwad.unpack_dual(x).tangent is not None:
-                return "carries a tangent"
-            if not is_functorch_wrapped_tensor(x):
-                return None
+            if (found := look(x)) is not None or not is_functorch_wrapped_tensor(x):
+                return found
             x = get_unwrapped(x)
+
+
+def tangent(x: Tensor) -> Tensor | None:
+    """That of forward mode at the level of x; one of ``vmap`` has none of its own."""
+    return None if fwad._current_level < 0 or is_batchedtensor(x) else fwad.unpack_dual(x).tangent
+
+
+def differentiated(x: Tensor) -> str | None:
+    """How a tensor takes part in a derivative, at whatever level of ``torch.func``; None when it is a constant."""
+
+    def look(x: Tensor) -> str | None:
+        return "requires grad" if x.requires_grad else "carries a tangent" if tangent(x) is not None else None
+
+    return at_some_level(look, x)
 
 
 _knows_autocast = cache(torch.amp.is_autocast_available)

@@ -14,7 +14,6 @@ from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import PADDING, new_stats, store_stats
-from theria.ops.triton.row_sums import has_additive_mask
 from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
@@ -94,7 +93,7 @@ def jvp_and_stats(
     mask, too: lse does not make the rows of P add up to 1 then (:mod:`theria.ops.triton.row_sums`), and the kernel that
     computes their sums beside the tangent takes the place of this one.
     """
-    if has_additive_mask(ops):
+    if ops.additive:
         return *forward_jvp(ops, t, spec)[2:], None
     frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v, do=do, tdo=tdo)
     frame = with_parts(frame, OPERANDS)

@@ -85,7 +85,7 @@ class Frame:
             self.tensors["mask"] = ops.mask.view(torch.uint8) if ops.mask.dtype == torch.bool else ops.mask
         if ops.seed is not None:
             self.tensors["seed"] = ops.seed
-        self.spec, self.factor = spec, factor
+        self.spec, self.factor, self.additive = spec, factor, ops.additive
         self.lead = batch_shape(*self.tensors.values())
         self.heads = self.lead.numel()
         (self.N, self.D), (self.M, self.E) = ops.q.shape[-2:], ops.v.shape[-2:]
@@ -107,11 +107,6 @@ class Frame:
             steps = (whole, *(_steps(x.shape, x.stride()) for x in self.tensors.values()))
             if collapse(tuple(self.lead), steps, True) is not None:
                 break
-
-    @property
-    def additive(self) -> bool:
-        """Whether the call has an additive mask."""
-        return "mask" in self.tensors and self.tensors["mask"].is_floating_point()
 
     def rows(self, x: Tensor) -> Tensor:
         """A row statistic as kernels read it: contiguous (*L, N)."""

@@ -53,14 +53,9 @@ def row_sums_kernel(q, k, mask, lse, shares, row_factors, key_factors, strides, 
     store_row(at_row(shares, head, call), shares_row, row, call.N, S.BLOCK_M, S.EVEN_N)
 
 
-def has_additive_mask(ops: Operands) -> bool:
-    """Whether the rows of a call need their shares."""
-    return ops.mask is not None and ops.mask.is_floating_point()
-
-
 def row_shares(ops: Operands, lse: Tensor, spec: AttentionSpec) -> Tensor | None:
     """1 / rowsum(exp(S − lse)), float32 (*L, N); None without an additive mask, where it is 1 up to rounding."""
-    if not has_additive_mask(ops):
+    if not ops.additive:
         return None
     frame = with_parts(Frame(ops, spec), OPERANDS)
     tile = select("forward", frame)
