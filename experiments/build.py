@@ -145,15 +145,20 @@ def loss_fn(task: TaskConfig) -> Callable[[Tensor, Tensor], Tensor]:
     return F.cross_entropy if is_classification(task) else F.mse_loss
 
 
-def build_source(config: Config, subset: str, *, tasks: int, seed: int | None = None) -> TaskSource:
-    """The tasks of a subset, `tasks` at a time.
+def build_source(
+    config: Config, subset: str, *, tasks: int, seed: int | None = None, distinct_characters: bool = False
+) -> TaskSource:
+    """The tasks of a subset, `tasks` at a time; with `distinct_characters` none holds two turns of one character.
 
     Raises:
-        UserError: what theria.data refuses (too many ways, a missing folder, ...), in its words.
+        UserError: what theria.data refuses (too many ways, a missing folder, ...), in its words; distinct characters
+            of another task than Omniglot.
     """
     task = config.task
     if subset not in SUBSETS:
         raise UserError(f"subset={subset}: needed is one of {', '.join(SUBSETS)}")
+    if distinct_characters and not isinstance(task, OmniglotConfig):
+        raise UserError(f"distinct_characters=true: task={task.name} is not task=omniglot: needed is false")
     seed = (config.seed if seed is None else seed) * SEED_STRIDE + SUBSETS.index(subset)
     common: dict[str, Any] = {"tasks": tasks, "queries": task.queries, "seed": seed, "device": device(config)}
     try:
@@ -164,6 +169,7 @@ def build_source(config: Config, subset: str, *, tasks: int, seed: int | None = 
                 augment = build_augment(task) if subset == "train" else None
                 if subset != "train" and task.eval_within_groups is not None:
                     options["within_groups"] = task.eval_within_groups
+                options["distinct_origins"] = distinct_characters
                 return data.EpisodeSampler(dataset, augment=augment, **options, **common)
             case SinusoidConfig():
                 return data.Sinusoid(shots=task.shots, **common)

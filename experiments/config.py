@@ -290,6 +290,7 @@ class EvaluateConfig:
     seed: int | None = None  # of the episodes; null: those of the run's own final evaluation
     ways: int | None = None  # classes in a task, for learners whose head is not fixed; null: as in the run
     shots: int | None = None  # support examples a class; null: as in the run
+    distinct_characters: bool = False  # of Omniglot: no two classes of a task are turns of one character
     test_augment: int = 1  # copies of a task, all but one deformed as in the run's training, that are averaged
     inner_steps: int | None = None  # steps of adaptation; null: as in the run
     tasks: int = 20  # tasks evaluated at once

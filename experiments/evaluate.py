@@ -3,6 +3,7 @@
 python -m experiments.evaluate checkpoint=outputs/default/<date_time> episodes=2000 subset=test
 python -m experiments.evaluate checkpoint=... protocol=one_shot             Omniglot's official within-alphabet test
 python -m experiments.evaluate checkpoint=... ways=20 test_augment=16       other tasks, 16 copies of each averaged
+python -m experiments.evaluate checkpoint=... distinct_characters=true      no character of Omniglot twice in a task
 python -m experiments.evaluate checkpoint=outputs/mine ways=5 shots=5 run_dir=outputs/mine     written beside the run
 torchrun --nproc-per-node=4 -m experiments.evaluate ...    the same figures, the episodes shared by four processes
 """
@@ -41,7 +42,8 @@ EPISODES, SUBSET = 600, "test"
 def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processes = ALONE) -> Evaluation | OneShot:
     """Rebuild the learner from its checkpoint, evaluate it, write `run_dir`/evaluation_<tasks>.json.
 
-    <tasks> is one_shot, or such as test_5w1s; a number follows where there is that file already: none is overwritten.
+    <tasks> is one_shot, or such as test_5w1s, or test_5w1s_distinct of distinct characters; a number follows where
+    there is that file already: none is overwritten.
 
     Raises:
         errors.UserError: no readable checkpoint, or settings that its run cannot be evaluated with.
@@ -78,6 +80,7 @@ def _tasks(settings: EvaluateConfig, run: Config) -> dict[str, Any]:
         "task": task.name,
         "ways": ways,
         "shots": shots,
+        "distinct_characters": settings.distinct_characters,
         "queries": 1 if official else task.queries,
         "seed": run.seed if settings.seed is None else settings.seed,
         "tasks": settings.tasks,
@@ -89,7 +92,8 @@ def _write(run_dir: Path, record: dict[str, Any]) -> Path:
     name = "one_shot"
     if record["protocol"] != name:
         ways = "" if record["ways"] is None else f"{record['ways']}w"
-        name = f"{record['subset']}_{ways}{record['shots']}s"
+        distinct = "_distinct" if record["distinct_characters"] else ""
+        name = f"{record['subset']}_{ways}{record['shots']}s{distinct}"
     path, number = run_dir / f"evaluation_{name}.json", 1
     while True:
         try:
@@ -111,12 +115,13 @@ def _check(settings: EvaluateConfig) -> None:
         raise errors.UserError(f"inner_steps={settings.inner_steps}: needed is at least 0, or null for the run's own")
     build.check_seed(settings.seed)
     build.device_named(settings.device, "device")
-    drawn = {name: getattr(settings, name) for name in ("episodes", "subset", "ways", "shots")}
+    drawn: dict[str, Any] = {name: getattr(settings, name) for name in ("episodes", "subset", "ways", "shots")}
+    drawn["distinct_characters"] = "true" if settings.distinct_characters else None
     given = ", ".join(f"{name}={value}" for name, value in drawn.items() if value is not None)
     if settings.protocol is ProtocolKind.one_shot and given:
         raise errors.UserError(
             f"{given}: protocol=one_shot has the tasks of the official test, 20 runs of {protocols.WAYS} ways and one "
-            "shot: needed is null, or protocol=episodes"
+            "shot: needed is the default, or protocol=episodes"
         )
     if not settings.checkpoint.strip():
         raise errors.UserError(errors.value_needed("checkpoint"))
@@ -158,7 +163,9 @@ def _episodes(
     """Random tasks of a subset, and the learner that was given them."""
     task = _task_of(settings, run)
     subset = SUBSET if settings.subset is None else settings.subset
-    source = build.build_source(replace(run, task=task), subset, tasks=settings.tasks, seed=settings.seed)
+    distinct = settings.distinct_characters
+    drawn: dict[str, Any] = {"tasks": settings.tasks, "seed": settings.seed, "distinct_characters": distinct}
+    source = build.build_source(replace(run, task=task), subset, **drawn)
     learner = _learner(settings, run, learned, task.ways if isinstance(task, FewShotConfig) else None)
     episodes = EPISODES if settings.episodes is None else settings.episodes
     options = {"episodes": episodes, "subset": subset, "copies": copies, **_options(run, ranks)}

@@ -187,7 +187,11 @@ def test_an_evaluation_belongs_to_its_run(made: Reporter, tmp_path: Path) -> Non
     (folder / "evaluation_test_5w5s_2.json").write_text(
         json.dumps(record | {"ways": 5, "shots": 5, "mean": 0.5, "inner_steps": 7, "test_augment": 4, "seed": 12})
     )
+    (folder / "evaluation_test_5w5s_distinct.json").write_text(
+        json.dumps(record | {"ways": 5, "shots": 5, "mean": 0.9922, "distinct_characters": True})
+    )
     page = check(made(folder, run))
+    assert "evaluation of step 100: test, 5-way 5-shot, distinct characters99.22 % ± 0.07" in page.text
     assert (
         "evaluation of step 100: test, 5-way 5-shot, 7 inner steps, 4 copies of each task, seed 1250.00 %" in page.text
     )

@@ -97,6 +97,8 @@ def _otherwise(evaluation: dict[str, Any], run: Run) -> list[str]:
     found = []
     if steps is not None and own > 0 and steps != own:
         found.append(f"{steps:g} inner steps")
+    if evaluation.get("distinct_characters") is True:
+        found.append("distinct characters")
     if copies is not None and copies > 1:
         found.append(f"{copies:g} copies of each task")
     if seed is not None and seed != number(run.results, "seed"):

@@ -68,6 +68,19 @@ def test_select_by_indices_and_mask() -> None:
     assert dataset.select(torch.tensor([-1, 1], dtype=torch.int16)).names == ("c", "b")
 
 
+def test_origins_are_the_classes_before_the_turns() -> None:
+    dataset = ClassDataset(numbered())
+    assert dataset.origins.tolist() == [0, 1, 2]
+    assert dataset.origins.dtype == torch.int64
+    turned, eight = dataset.with_rotations(), dataset.with_symmetries()
+    assert [name.split("@")[0] for name in turned.names] == [str(c) for c in turned.origins.tolist()]
+    assert [name.split("@")[0].split(" ")[0] for name in eight.names] == [str(c) for c in eight.origins.tolist()]
+    assert turned.select([11, 3, 1]).origins.tolist() == [2, 0, 1]
+    assert dataset.select([2, 0]).with_rotations().origins.tolist() == [2, 0] * 4
+    assert ClassDataset(numbered(), origins=torch.tensor([7, -1, 7], dtype=torch.int16)).origins.tolist() == [7, -1, 7]
+    assert ClassDataset.from_pairs(torch.zeros(4, 2), [5, 5, 9, 9]).origins.tolist() == [0, 1]
+
+
 def test_with_rotations_turns_counter_clockwise() -> None:
     image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).view(1, 1, 1, 2, 2)
     turned = ClassDataset(image, names=["x"], groups=["g"]).with_rotations()
@@ -105,6 +118,9 @@ SMALL = ClassDataset(torch.zeros(3, 4, 2))
         (lambda: ClassDataset(torch.zeros(3, 4, 2), counts=[1, 2]), ValueError, "3 integers are needed"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2), counts=[1, 2, 5]), ValueError, "from 1 to 5; .* between 1 and 4"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2), counts=[0, 2, 4]), ValueError, "from 0 to 4"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2), origins=[0, 1]), ValueError, r"origins .*\(2,\).*3 integers are"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2), origins=torch.zeros(3)), ValueError, "float32; 3 integers are"),
+        (lambda: ClassDataset(torch.zeros(3, 4, 2), origins=[True] * 3), ValueError, "bool; 3 integers are"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2), names=["a"]), ValueError, "1 names for 3 classes"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2), groups=["a"]), ValueError, "1 groups for 3 classes"),
         (lambda: ClassDataset(torch.zeros(3, 4, 2)).select([]), ValueError, "no class was chosen of the 3"),

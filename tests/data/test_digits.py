@@ -31,6 +31,12 @@ def test_no_class_is_the_half_turn_of_another() -> None:
         assert not {"0@180", "1@180", "8@180", "6@180", "9@180", "6@270", "9@270"} & set(load_digits(subset).names)
 
 
+def test_a_turned_digit_has_the_origin_of_its_digit() -> None:
+    dataset = load_digits("test")
+    assert dataset.origins.tolist() == [int(name.split("@")[0]) for name in dataset.names]
+    assert len(dataset.origins.unique()) == 3
+
+
 def test_pixels_are_those_of_scikit_learn() -> None:
     images, labels = datasets.load_digits(return_X_y=True)
     threes = images[labels == 3].reshape(-1, 8, 8) / 16

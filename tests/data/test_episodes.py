@@ -15,15 +15,19 @@ from theria.data import Augment, ClassDataset, Episode, EpisodeSampler
 from theria.data.draws import Draws
 
 # Quantiles of the chi-square law at 99.9 %, by degrees of freedom. The seeds are fixed: no chance in a run.
-CHI2_99_9 = {7: 24.32, 27: 55.48, 11: 31.26}
+CHI2_99_9 = {6: 22.46, 7: 24.32, 11: 31.26, 15: 37.70, 23: 49.73, 27: 55.48}
 # SHA-256 of the identities in three episodes: the same on every platform, process and version of torch.
 GOLDEN = "f9a19446392baae81d2fd34e73d432aa25fb8dc6bf49961406b491f652c6330a"
+# The classes of four tasks of distinct origins, frozen likewise.
+DISTINCT = [[1, 2, 4, 7], [4, 6, 7, 5], [2, 1, 0, 7], [0, 5, 6, 7]]
 
 
-def identified(classes: int = 8, samples: int = 12, groups: list[str] | None = None) -> ClassDataset:
+def identified(
+    classes: int = 8, samples: int = 12, groups: list[str] | None = None, origins: list[int] | None = None
+) -> ClassDataset:
     """Float samples (2,) that hold their class and their number within it."""
     c, s = torch.meshgrid(torch.arange(classes), torch.arange(samples), indexing="ij")
-    return ClassDataset(torch.stack([c, s], -1).float(), groups=groups)
+    return ClassDataset(torch.stack([c, s], -1).float(), groups=groups, origins=origins)
 
 
 def sampler(dataset: ClassDataset | None = None, **options) -> EpisodeSampler:
@@ -114,6 +118,65 @@ def test_within_groups() -> None:
     assert abs(sum(len(g) == 1 for g in groups_seen(0.5)) - 251) < 4 * (500 / 4) ** 0.5
 
 
+def turned_corners(**options) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Characters and their quarter turns, both (T, N), of the supports and the queries of tasks of distinct origins.
+
+    Character c of 6 is an image with c + 1 in one corner: a turn moves it to another.
+    """
+    images = torch.zeros(6, 2, 1, 2, 2)
+    images[..., 0, 0] = torch.arange(1.0, 7.0)[:, None, None]
+    settings = {"ways": 5, "shots": 1, "queries": 1, "shuffle": False, "distinct_origins": True} | options
+    episode = sampler(ClassDataset(images).with_rotations(), **settings).sample(0)
+    corners = [x.flatten(2).max(-1) for x in (episode.support_x, episode.query_x)]
+    return [(values.long() - 1, places) for values, places in corners]
+
+
+def test_distinct_origins_are_distinct_and_support_and_query_turned_alike() -> None:
+    (characters, turns), (queried, queried_turns) = turned_corners(tasks=2000)
+    assert all(len(set(row)) == 5 for row in characters.tolist())
+    assert torch.equal(characters, queried)
+    assert torch.equal(turns, queried_turns)
+    repeated = [len(set(row)) < 5 for row in turned_corners(tasks=2000, distinct_origins=False)[0][0].tolist()]
+    assert abs(sum(repeated) / 2000 - 0.855) < 0.05  # 1 - 6 * 4^5 / C(24, 5): the default does hold them
+
+
+def test_each_of_distinct_origins_has_a_uniform_turn_of_its_own() -> None:
+    characters, turns = turned_corners(tasks=2400)[0]
+    classes = (4 * characters + turns)[:, 0].bincount(minlength=24)
+    assert float(((classes - 100) ** 2 / 100).sum()) < CHI2_99_9[23]
+    pairs = (4 * turns[:, 0] + turns[:, 1]).bincount(minlength=16)
+    assert float(((pairs - 150) ** 2 / 150).sum()) < CHI2_99_9[15]
+
+
+def test_origins_of_different_sizes_are_equally_likely() -> None:
+    origins = [9, 2, 9, 9, 2, 5, 9]
+    dataset = identified(classes=7, origins=origins)
+    episode = sampler(dataset, ways=2, shots=1, tasks=2400, shuffle=False, distinct_origins=True).sample(0)
+    classes = episode.support_x[..., 0].long()
+    assert all(origins[a] != origins[b] for a, b in classes.tolist())
+    expected = torch.tensor([800 / origins.count(origin) for origin in origins])
+    seen = classes[:, 0].bincount(minlength=7)
+    assert float(((seen - expected) ** 2 / expected).sum()) < CHI2_99_9[6]
+
+
+def test_distinct_origins_are_pure_in_seed_and_step() -> None:
+    dataset = identified(origins=[0, 1, 2, 3] * 2)
+    one, same = (sampler(dataset, ways=4, seed=1, distinct_origins=True) for _ in range(2))
+    one.sample(0)
+    assert all(torch.equal(a, b) for a, b in zip(one.sample(9), same.sample(9), strict=True))
+    assert not torch.equal(one.sample(9).support_x, one.sample(10).support_x)
+    other = sampler(dataset, ways=4, seed=2, distinct_origins=True)
+    assert not torch.equal(one.sample(9).support_x, other.sample(9).support_x)
+    unshuffled = sampler(dataset, ways=4, shots=1, shuffle=False, seed=1, distinct_origins=True).sample(9)
+    assert unshuffled.support_x[..., 0].tolist() == DISTINCT
+
+
+def test_origins_of_one_class_each_change_no_bit() -> None:
+    dataset = identified().select([6, 1, 4, 0, 3, 7])
+    for a, b in zip(sampler(dataset).sample(3), sampler(dataset, distinct_origins=True).sample(3), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_uint8_becomes_zero_to_one_and_float_stays() -> None:
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1, 1).expand(3, 2, 1, 1, 1)
     episode = EpisodeSampler(ClassDataset(images), ways=3, shots=1, queries=1, tasks=2).sample(0)
@@ -161,13 +224,15 @@ class CountOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_work_is_fused() -> None:
+@pytest.mark.parametrize("distinct", [False, True])
+def test_the_work_is_fused(distinct: bool) -> None:
     """The number of operators depends on neither tasks nor ways nor shots; one gather fetches every image."""
-    images = ClassDataset(torch.zeros(50, 20, 1, 28, 28, dtype=torch.uint8))
+    images = ClassDataset(torch.zeros(50, 20, 1, 28, 28, dtype=torch.uint8), origins=[*range(25)] * 2)
     counted = []
     augment = Augment(rotation=0.2, elastic=0.1, stroke=0.03)
     for tasks, ways, shots in ((2, 2, 2), (64, 20, 5)):
-        source = EpisodeSampler(images, ways=ways, shots=shots, queries=5, tasks=tasks, augment=augment)
+        options = {"ways": ways, "shots": shots, "tasks": tasks, "augment": augment, "distinct_origins": distinct}
+        source = EpisodeSampler(images, queries=5, **options)
         with CountOperators() as mode:
             source.sample(0)
         counted.append(mode.counts)
@@ -234,6 +299,9 @@ def test_an_episode_is_a_pytree_for_vmap() -> None:
         ({"seed": "1"}, TypeError, "seed='1' is a str"),
         ({"within_groups": 1.5}, ValueError, r"within_groups=1.5; a probability in \[0, 1\]"),
         ({"within_groups": -0.1}, ValueError, "within_groups=-0.1"),
+        ({"distinct_origins": 1}, TypeError, "distinct_origins=1 is a int; a bool is needed"),
+        ({"distinct_origins": True, "within_groups": 0.5}, ValueError, "within_groups=0.5; .* within_groups=False"),
+        ({"distinct_origins": True, "ways": 9}, ValueError, "9 ways of distinct origins need 9 origins"),
         ({"augment": Augment(shift=0.1)}, ValueError, r"augment: samples of shape \(2,\) cannot be deformed; images"),
     ],
 )
@@ -252,6 +320,13 @@ def test_the_smallest_class_is_named() -> None:
 def test_groups_that_are_too_small_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a group of at least 5 classes, the largest of the 2 groups .'a'. has 4"):
         sampler(identified(groups=["a"] * 4 + ["b"] * 4), within_groups=True)
+
+
+def test_too_few_origins_are_refused() -> None:
+    dataset = identified(origins=[0, 1, 2, 3] * 2)
+    sampler(dataset)
+    with pytest.raises(ValueError, match=r"need 5 origins, the 8 classes have 4; lower `ways`.*distinct_origins=False"):
+        sampler(dataset, distinct_origins=True)
 
 
 @pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (1.0, TypeError), (True, TypeError)])

@@ -82,6 +82,10 @@ def test_other_errors_keep_their_traceback(monkeypatch, error):
         ({"device": "tpu"}, "^device=tpu: needed is auto"),
         ({"protocol": ProtocolKind.one_shot, "episodes": 600}, "^episodes=600: protocol=one_shot has the tasks"),
         ({"protocol": ProtocolKind.one_shot, "subset": "val"}, "^subset=val: protocol=one_shot has the tasks"),
+        (
+            {"protocol": ProtocolKind.one_shot, "distinct_characters": True},
+            "^distinct_characters=true: protocol=one_shot has the tasks .*needed is the default",
+        ),
     ],
 )
 def test_an_evaluation_refuses_wrong_values(tmp_path, settings, words):

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from experiments.errors import UserError
 from experiments.evaluate import _task_of, evaluate_checkpoint
 from experiments.evaluation import Copies, Evaluation, curves, mean_predictions
 from experiments.protocols import FixedTasks, OneShot, one_shot, wilson
-from theria.data import Augment, Episode, EpisodeSampler
+from theria.data import Augment, Episode, EpisodeSampler, load_omniglot
 
 EXACT = 1e-12  # float64, a few operations
 ROUNDED_QUANTILE = 1e-5  # the intervals here take 1.96 for 1.95996
@@ -213,6 +214,22 @@ def test_size_and_training_classes_reach_the_data_and_the_network(compose_config
     build.build_learner(config).predict(source.sample(0))  # 4 patches, not 16
 
 
+def test_distinct_characters_are_no_turns_of_one_another(compose_config, omniglot_root):
+    """By the names of the classes whose images the tasks hold."""
+    config = compose_config(*SMALL, f"task.root={omniglot_root}", "task.split=vinyals", "task.ways=20")
+    dataset = load_omniglot(omniglot_root, "vinyals", "test", size=14)
+    drawings = zip(dataset.names, dataset.images.flatten(2).tolist(), strict=True)
+    character_of = {tuple(drawing): name.split("@")[0] for name, samples in drawings for drawing in samples}
+
+    def repeats(**options: bool) -> int:
+        tasks = build.build_source(config, "test", tasks=50, **options).sample(0).support_x.flatten(2)
+        characters = [[character_of[tuple(x)] for x in task] for task in tasks.mul(255).round().int().tolist()]
+        return sum(len(set(task)) < 20 for task in characters)
+
+    assert repeats(distinct_characters=True) == 0
+    assert repeats() > 5  # of 50 tasks, a third is expected
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -310,6 +327,53 @@ def test_it_is_evaluated_at_other_ways_and_shots_each_in_a_file_of_its_own(run_h
     assert record["seconds"] >= 0
     assert record["peak_memory_mb"] > 0
     assert written["evaluation_test_20w1s.json"]["seed"] == 0
+
+
+def test_an_evaluation_on_distinct_characters_has_a_file_of_its_own(run_here, tmp_path, omniglot_root):
+    run = tmp_path / "run"
+    run_here(run, *SMALL, f"task.root={omniglot_root}", "task.split=vinyals")
+    saved = checkpoint.find(run)[1]
+    learner = build.for_ways(store.from_container(saved["config"]), saved["learner"], 20).eval()
+    # Of the run's seed, 0, the stream of the test.
+    sizes: dict[str, Any] = {"ways": 20, "shots": 5, "queries": 1, "tasks": 10, "seed": 2}
+    dataset, found = load_omniglot(omniglot_root, "vinyals", "test", size=14), []
+    for distinct, name in ((False, "test_20w5s"), (True, "test_20w5s_distinct"), (True, "test_20w5s_distinct_2")):
+        options = EvaluateConfig(checkpoint=str(run), device="cpu", episodes=50, tasks=10, ways=20)
+        found.append(evaluate_checkpoint(replace(options, distinct_characters=distinct), run))
+        record = json.loads((run / f"evaluation_{name}.json").read_text())
+        assert record["distinct_characters"] is distinct
+        source = EpisodeSampler(dataset, distinct_origins=distinct, **sizes)
+        figures, _ = curves(learner, source, episodes=50, steps=0, alive=quiet)
+        assert record["mean"] == figures[-1].mean()
+    assert found[0] != found[1] == found[2]
+
+
+def test_distinct_characters_change_nothing_without_turns(run_here, tmp_path, omniglot_root):
+    run_here(tmp_path / "run", *SMALL, f"task.root={omniglot_root}")
+    sizes = {"episodes": 20, "tasks": 10}
+    (plain, _), (distinct, record) = (
+        evaluated(tmp_path / "run", tmp_path / name, distinct_characters=name == "distinct", **sizes)
+        for name in ("plain", "distinct")
+    )
+    assert plain == distinct
+    assert record["distinct_characters"] is True
+
+
+def test_distinct_characters_are_of_omniglot(run_here, compose_config, tmp_path):
+    run_here(tmp_path / "sinusoid")
+    with pytest.raises(UserError, match=r"^distinct_characters=true: task=sinusoid is not task=omniglot: needed"):
+        evaluated(tmp_path / "sinusoid", tmp_path / "a", distinct_characters=True)
+    with pytest.raises(UserError, match="distinct_characters=true: task=digits is not"):
+        build.build_source(compose_config("task=digits"), "test", tasks=2, distinct_characters=True)
+
+
+def test_distinct_characters_within_groups_are_refused(run_here, compose_config, tmp_path, omniglot_root):
+    run_here(tmp_path / "run", *SMALL, f"task.root={omniglot_root}", "task.eval_within_groups=0.5")
+    with pytest.raises(UserError, match=r"^task=omniglot: EpisodeSampler: distinct_origins=True and within_groups="):
+        evaluated(tmp_path / "run", tmp_path / "a", distinct_characters=True)
+    assert not list((tmp_path / "a").iterdir())
+    trained_so = [*SMALL, f"task.root={omniglot_root}", "task.within_groups=0.5", "task.eval_within_groups=0.0"]
+    build.build_source(compose_config(*trained_so), "test", tasks=2, distinct_characters=True)
 
 
 def test_a_run_records_the_official_test_and_its_checkpoint_gives_the_same(run_here, tmp_path, omniglot_root):

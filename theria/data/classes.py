@@ -31,6 +31,8 @@ class ClassDataset:
         counts: (classes,) how many samples of each class are real, for ragged classes padded to the longest one.
         names: one name a class. Default: its number.
         groups: one group a class (an alphabet, a script), for tasks drawn within one group. Default: one group.
+        origins: (classes,) which class of the untransformed data set each class came from, for tasks in which no two
+            classes came from one. Default: each its own number.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range; the message says which and what is needed.
@@ -42,12 +44,14 @@ class ClassDataset:
         counts: Tensor | Sequence[int] | None = None,
         names: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
+        origins: Tensor | Sequence[int] | None = None,
     ) -> None:
         self.images = _checked_images(images)
         classes, samples = self.images.shape[:2]
         self.counts = _checked_counts(counts, classes, samples)
         self.names = _checked_labels("names", names, [str(c) for c in range(classes)])
         self.groups = _checked_labels("groups", groups, [""] * classes)
+        self.origins = _checked_origins(origins, classes)
 
     def __len__(self) -> int:
         """The number of classes."""
@@ -135,18 +139,19 @@ class ClassDataset:
             self.counts[chosen],
             [self.names[c] for c in indices],
             [self.groups[c] for c in indices],
+            self.origins[chosen],
         )
 
     def with_rotations(self) -> ClassDataset:
         """Every class also turned by 90, 180 and 270 degrees, as classes of their own: 4x classes, 4x memory.
 
         Class r * len(self) + c is class c turned by r * 90 degrees counter-clockwise (Santoro et al. 2016). A turned
-        class stays in the group of the class that it came from.
+        class stays in the group of the class that it came from, and keeps its origin.
         """
         self._check_square("with_rotations")
         turned = torch.cat([symmetry(self.images, quarter) for quarter in range(4)])
         names = [name + suffix for suffix in _ROTATIONS for name in self.names]
-        return ClassDataset(turned, self.counts.repeat(4), names, self.groups * 4)
+        return ClassDataset(turned, self.counts.repeat(4), names, self.groups * 4, self.origins.repeat(4))
 
     def with_symmetries(self) -> ClassDataset:
         """Every class under the eight symmetries of the square, as classes of their own: 8x classes, 8x memory.
@@ -163,6 +168,7 @@ class ClassDataset:
             turned.counts.repeat(2),
             [*turned.names, *(name + _MIRRORED for name in turned.names)],
             [*groups, *(group + _MIRRORED for group in groups)],
+            turned.origins.repeat(2),
         )
 
     def _check_square(self, who: str) -> None:
@@ -204,6 +210,18 @@ def _checked_counts(counts: Tensor | Sequence[int] | None, classes: int, samples
             f"{samples}, the length of the samples axis"
         )
     return counts.to(torch.int64)
+
+
+def _checked_origins(origins: Tensor | Sequence[int] | None, classes: int) -> Tensor:
+    if origins is None:
+        return torch.arange(classes)
+    origins = torch.as_tensor(origins)
+    if origins.shape != (classes,) or origins.is_floating_point() or origins.dtype == torch.bool:
+        raise ValueError(
+            f"ClassDataset: origins has shape {tuple(origins.shape)} and type {origins.dtype}; {classes} integers are "
+            "needed, one a class"
+        )
+    return origins.to(torch.int64)
 
 
 def _checked_labels(what: str, given: Sequence[str] | None, default: list[str]) -> tuple[str, ...]:

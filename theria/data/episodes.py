@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from theria.data.augment import Augment, check_images
 from theria.data.classes import ClassDataset
@@ -50,6 +51,10 @@ class EpisodeSampler:
         seed: with the step, determines the episode on every machine.
         within_groups: the probability that all classes of a task come from one group of the data set (drawn uniformly
             from the groups with at least N classes). False and True are 0 and 1.
+        distinct_origins: no two classes of a task came from one class of the untransformed data set: N of its classes
+            are drawn without replacement, then one class of each, uniformly. With `with_rotations` each of them is
+            under one random quarter turn: so the code of Finn et al. 2017 draws all its tasks, and that of Antoniou et
+            al. 2019 those of training (it tests on the characters as they are).
         shuffle: False keeps the items class by class: item i of the support has label i // K.
         augment: deforms every image of every task by draws of its own, support and queries alike; None: as they are.
             Which images a step has does not depend on it.
@@ -69,6 +74,7 @@ class EpisodeSampler:
         tasks: int,
         seed: int = 0,
         within_groups: bool | float = False,
+        distinct_origins: bool = False,
         shuffle: bool = True,
         augment: Augment | None = None,
         device: torch.device | str | None = None,
@@ -76,12 +82,22 @@ class EpisodeSampler:
         for name, value in {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}.items():
             check_positive("EpisodeSampler", name, value)
         check_seed("EpisodeSampler", seed)
+        if not isinstance(distinct_origins, bool):
+            kind = type(distinct_origins).__name__
+            raise TypeError(f"EpisodeSampler: distinct_origins={distinct_origins!r} is a {kind}; a bool is needed")
+        self.distinct_origins = distinct_origins
+        self._origins = _origins_of(dataset, ways) if distinct_origins else None  # (O, M) int64, (O,) int64
         _check_enough(dataset, ways, shots, queries)
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
         self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
         self.within_groups = float(within_groups)
         if not 0.0 <= self.within_groups <= 1.0:
             raise ValueError(f"EpisodeSampler: within_groups={within_groups}; a probability in [0, 1] is needed")
+        if distinct_origins and self.within_groups:
+            raise ValueError(
+                f"EpisodeSampler: distinct_origins=True and within_groups={within_groups}; classes of distinct origins "
+                "are drawn from all groups: give within_groups=False or distinct_origins=False"
+            )
         self._groups = _groups_of(dataset, ways) if self.within_groups else None  # (G, C) bool
         self._samples = dataset.images.shape[1]
         ragged = int(dataset.counts.min()) < self._samples
@@ -108,6 +124,11 @@ class EpisodeSampler:
 
     def _classes(self, draws: Draws) -> Tensor:
         """(T, N) int64, distinct in each row."""
+        if self._origins is not None:
+            members, counts = self._origins
+            origins = draws.distinct(len(counts), self.tasks, self.ways)
+            places = (draws.uniform(*origins.shape) * counts[origins]).to(torch.int64)
+            return members[origins, places]
         if self._groups is None:
             return draws.distinct(len(self.dataset), self.tasks, self.ways)
         group = draws.integers(len(self._groups), self.tasks)
@@ -179,6 +200,21 @@ def _check_enough(dataset: ClassDataset, ways: int, shots: int, queries: int) ->
             f"({dataset.names[smallest]!r}) has {have}; lower `shots` or `queries`, or drop the small classes: "
             f"dataset.select(dataset.counts >= {need})"
         )
+
+
+def _origins_of(dataset: ClassDataset, ways: int) -> tuple[Tensor, Tensor] | None:
+    """(O, M) int64 the classes of each origin, padded, and (O,) int64 how many they are; None: each has its own."""
+    counts = dataset.origins.unique(return_counts=True)[1]
+    if len(counts) < ways:
+        raise ValueError(
+            f"EpisodeSampler: {ways} ways of distinct origins need {ways} origins, the {len(dataset)} classes have "
+            f"{len(counts)}; lower `ways`, add classes that are no turned or mirrored ones, or give "
+            "distinct_origins=False"
+        )
+    if len(counts) == len(dataset):
+        return None
+    classes = dataset.origins.argsort(stable=True).split(counts.tolist())
+    return pad_sequence([*classes], batch_first=True), counts
 
 
 def _groups_of(dataset: ClassDataset, ways: int) -> Tensor:
