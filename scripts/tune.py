@@ -31,7 +31,7 @@ import torch
 
 from theria.ops.triton import tile_table
 from theria.ops.triton.launch import launch
-from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, Key, Tile, is_short, override
+from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, Key, Tile, covers, is_short, override
 from theria.testing import difference
 from theria.testing.kernels import RULES, Problem, call, launches, make_problem, short_sides, truth
 from theria.testing.machine import machine
@@ -217,6 +217,8 @@ def tune(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def wanted(args: argparse.Namespace, arch: int) -> Iterator[Key]:
     for kind, width, causal, kernel in product(args.kinds, args.widths, args.causal, args.kernels):
+        if not covers(kernel, width, kind):
+            continue
         if not is_short(kernel):
             if kernel not in ROWS_ONLY or not causal:
                 yield Key(kernel, width, kind, causal, arch)

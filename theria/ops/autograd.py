@@ -19,8 +19,8 @@ both of LogSumExp                     Forward and Vjp with the keys as values
 Hvp needs what Jvp gives along the same direction, and a backend may have one kernel for both: wherever both are wanted
 they are one Function, JvpHvp, whose derivatives are those of its two halves.
 
-``o``, ``lse``, ``to`` and ``tau`` enter as residuals: functions of the operands whose own gradient slots return None,
-because the formulas are already total derivatives. The rules give ``lse`` and ``tau`` without derivatives;
+``o``, ``lse``, ``dq``, ``to`` and ``tau`` enter as residuals: functions of the operands whose own gradient slots return
+None, because the formulas are already total derivatives. The rules give ``lse`` and ``tau`` without derivatives;
 :func:`log_sum_exp` and :func:`log_sum_exp_tangent` have them, for a caller who is given these, too.
 
 Third order is guarded by backwards that raise; :class:`Refused` raises exactly where a derivative with respect to an
@@ -67,8 +67,9 @@ def call(name: str, spec: AttentionSpec, *args: Any) -> Any:
     return without_autocast(rule, *args)
 
 
-def _jvp_then_hvp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents, *rest: Any) -> Any:
+def _jvp_then_hvp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor | None, t: Tangents, *rest: Any) -> Any:
     """The rule jvp_hvp of a backend that has none of its own."""
+    del dq
     tdo, spec, shapes = rest
     backend = rules(spec.backend)
     to, tau = backend.jvp(ops, o, lse, t, spec)
@@ -191,22 +192,22 @@ class Vjp(_Rule):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.spec, ctx.shapes = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_backward(*tensors, output[0])
+        ctx.save_for_forward(*tensors, output[0])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         if not _any(cotangents):
             return (None,) * 10
-        ops, (o, lse, do), t = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:], Tangents(*cotangents)
-        to, grads = along(ops, o, lse, do, t, ctx.spec, _wanted(ops, ctx.needs_input_grad))
+        ops, (o, lse, do, dq), t = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:], Tangents(*cotangents)
+        to, grads = along(ops, o, lse, do, dq, t, ctx.spec, _wanted(ops, ctx.needs_input_grad))
         return (*grads, None, None, None, to if ctx.needs_input_grad[7] else None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        ops, (o, lse, do) = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        ops, (o, lse, do, dq) = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
         t, tdo = Tangents(*tangents[:4]), tangents[7]
-        return jvp_hvp(ops, o, lse, do, t, tdo, ctx.spec, ctx.shapes)[2:]
+        return jvp_hvp(ops, o, lse, do, dq, t, tdo, ctx.spec, ctx.shapes)[2:]
 
 
 class Jvp(_Rule):
@@ -306,7 +307,7 @@ class Hvp(_Rule):
             return (None,) * 17
         ops, (o, lse, do), w = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:8], Tangents(*cotangents)
         shapes = _wanted(Tangents(*ctx.saved_tensors[8:12]), ctx.needs_input_grad[8:12])
-        jw, hw = along(ops, o, lse, do, w, ctx.spec, shapes)
+        jw, hw = along(ops, o, lse, do, None, w, ctx.spec, shapes)
         *operands, ddo = _third_order_zeros((*ops[:4], do), (*ctx.needs_input_grad[:4], ctx.needs_input_grad[7]))
         jw = jw if ctx.needs_input_grad[12] else None
         return (*operands, None, None, None, ddo, *hw, jw, None, None, None, None)
@@ -316,7 +317,7 @@ class Hvp(_Rule):
         if _any(tangents[:5]) or tangents[7] is not None:
             raise _third_order("hvp", ctx.spec)
         ops, (o, lse, do) = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:8]
-        return jvp_hvp(ops, o, lse, do, Tangents(*tangents[8:12]), tangents[12], ctx.spec, ctx.shapes)[2:]
+        return jvp_hvp(ops, o, lse, do, None, Tangents(*tangents[8:12]), tangents[12], ctx.spec, ctx.shapes)[2:]
 
 
 def _third_order_zeros(tensors: tuple[Any, ...], needed: tuple[bool, ...]) -> Any:
@@ -325,7 +326,7 @@ def _third_order_zeros(tensors: tuple[Any, ...], needed: tuple[bool, ...]) -> An
 
 
 class JvpHvp(_Rule):
-    """(q, k, v, mask, seed), o, lse, (tq, tk, tv, tmask), tdo, (q, k, v, mask), do, spec, shapes
+    """(q, k, v, mask, seed), o, lse, (tq, tk, tv, tmask), tdo, (q, k, v, mask), do, dq, spec, shapes
     -> (to, tau), (tdq, tdk, tdv, tdmask).
 
     Its first half is Jvp of the operands. Its second half is Hvp of the second copy of them, which comes through
@@ -336,7 +337,7 @@ class JvpHvp(_Rule):
     def forward(*args: Any) -> Any:
         *tensors, spec, shapes = args
         ops, (o, lse), t = Operands(*tensors[:5]), tensors[5:7], Tangents(*tensors[7:11])
-        return call("jvp_hvp", spec, ops, o, lse, tensors[16], t, tensors[11], spec, shapes)
+        return call("jvp_hvp", spec, ops, o, lse, *tensors[16:], t, tensors[11], spec, shapes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -350,7 +351,7 @@ class JvpHvp(_Rule):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         w, _, *of_cotangents = cotangents
         saved, need = ctx.saved_tensors, ctx.needs_input_grad
-        ops, (o, lse), t, (to, tau) = Operands(*saved[:5]), saved[5:7], Tangents(*saved[7:11]), saved[17:]
+        ops, (o, lse), t, (to, tau) = Operands(*saved[:5]), saved[5:7], Tangents(*saved[7:11]), saved[18:]
         grads, tangent_grads, guarded, jw = NO_GRADS, NO_GRADS, (None,) * 5, None
         tangent_shapes = _wanted(t, need[7:11])
         if w is not None:
@@ -358,17 +359,18 @@ class JvpHvp(_Rule):
             grads, tangent_grads = _pull_jvp(ops, o, lse, t, to, tau, w, ctx.spec, shapes, tangent_shapes)
         if _any(tuple(of_cotangents)):
             last = ops._replace(q=saved[12], k=saved[13], v=saved[14], mask=saved[15])
-            jw, hw = along(last, o, lse, saved[16], Tangents(*of_cotangents), ctx.spec, tangent_shapes)
+            do, dq = saved[16:18]
+            jw, hw = along(last, o, lse, do, dq, Tangents(*of_cotangents), ctx.spec, tangent_shapes)
             tangent_grads = tuple(map(_add, tangent_grads, hw))
             guarded = _third_order_zeros(saved[12:17], need[12:17])
-        return (*grads, None, None, None, *tangent_grads, jw if need[11] else None, *guarded, None, None)
+        return (*grads, None, None, None, *tangent_grads, jw if need[11] else None, *guarded, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if _any(tangents[:5]) or _any(tangents[12:17]):
             raise _third_order("hvp", ctx.spec)
         saved = ctx.saved_tensors
-        to, _, *cotangents = JvpHvp.apply(*saved[:7], *tangents[7:12], *saved[12:17], ctx.spec, ctx.shapes)
+        to, _, *cotangents = JvpHvp.apply(*saved[:7], *tangents[7:12], *saved[12:18], ctx.spec, ctx.shapes)
         return (to, None, *cotangents)
 
 
@@ -527,24 +529,35 @@ def jvp_hvp(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
+    dq: Tensor | None,
     t: Tangents,
     tdo: Tensor | None,
     spec: AttentionSpec,
     shapes: Shapes,
 ) -> Any:
-    """to, tau, tdq, tdk, tdv, tdmask: :func:`jvp` and then :func:`hvp` along the same direction."""
+    """to, tau, tdq, tdk, tdv, tdmask: :func:`jvp` and then :func:`hvp` along the same direction.
+
+    ``dq`` is that of :func:`vjp` at the same ``do``, where it is at hand: a backend may need less for tdq then.
+    """
     if not differentiable():
-        return call("jvp_hvp", spec, ops, o, lse, do, t, tdo, spec, shapes)
-    return JvpHvp.apply(*ops, o, lse, *t, tdo, *_guarded(ops, do, spec), spec, _Shapes(shapes))
+        return call("jvp_hvp", spec, ops, o, lse, do, dq, t, tdo, spec, shapes)
+    return JvpHvp.apply(*ops, o, lse, *t, tdo, *_guarded(ops, do, spec), dq, spec, _Shapes(shapes))
 
 
 def along(
-    ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents, spec: AttentionSpec, shapes: Shapes
+    ops: Operands,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dq: Tensor | None,
+    t: Tangents,
+    spec: AttentionSpec,
+    shapes: Shapes,
 ) -> tuple[Tensor, Any]:
-    """J t and H t, the latter where its ``shapes`` are wanted."""
+    """J t and H t, the latter where its ``shapes`` are wanted; ``dq`` as in :func:`jvp_hvp`."""
     if not _any(shapes):
         return jvp(ops, o, lse, t, spec)[0], NO_GRADS
-    to, _, *cotangents = jvp_hvp(ops, o, lse, do, t, None, spec, shapes)
+    to, _, *cotangents = jvp_hvp(ops, o, lse, do, dq, t, None, spec, shapes)
     return to, cotangents
 
 

@@ -21,7 +21,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from theria.ops.triton.tile_table import TABLE
-from theria.ops.triton.tiles import DTYPES, ROWS_ONLY, VARIANT, WIDTHS, Key, Tile, is_short, lookup, measured, override
+from theria.ops.triton.tiles import (
+    DTYPES,
+    ROWS_ONLY,
+    VARIANT,
+    WIDTHS,
+    Key,
+    Tile,
+    covers,
+    is_short,
+    lookup,
+    measured,
+    override,
+)
 from theria.testing.kernels import RULES, Launch, launches, make_problem, name_of, short_sides
 from theria.testing.sass import disassemble, lost_operands, told_by
 
@@ -162,7 +174,7 @@ def configurations(arch: int, kernels: Sequence[str] = tuple(RULES)) -> Iterator
     """
     yield from (Key(*key) for key in TABLE if key[4] == arch and key[0] in kernels)
     for kernel, width, kind in product(kernels, WIDTHS, DTYPES):
-        if kernel + VARIANT in RULES:
+        if kernel + VARIANT in RULES or not covers(kernel, width, kind):
             continue
         if is_short(kernel):
             sides = short_sides(width, kind)

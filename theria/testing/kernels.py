@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from theria.ops import reference
-from theria.ops.operands import AttentionSpec, Operands, Tangents, default_scale
+from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, default_scale
 from theria.ops.triton.tiles import DTYPES, VARIANT, WIDTHS
 
 
@@ -43,6 +43,7 @@ class Problem:
     o: Tensor
     lse: Tensor
     do: Tensor
+    dq: Tensor
     t: Tangents
     t2: Tangents
     t12: Tangents
@@ -91,26 +92,31 @@ def make_problem(
     spec = AttentionSpec("triton", default_scale(D), causal)
     ops, t, t2, t12 = (Operands(q(), k(), v(), None, None), *(Tangents(q(), k(), v()) for _ in range(3)))
     o, to = (torch.empty(B, H, N, E, dtype=dtype, device=device) for _ in range(2))
-    problem = Problem(ops, spec, o, row(), v(N), t, t2, t12, v(N), to, row(), row())
+    dq = torch.empty_like(ops.q)
+    problem = Problem(ops, spec, o, row(), v(N), dq, t, t2, t12, v(N), to, row(), row())
     if device != "meta":
         _fill_residuals(problem)
     return problem
 
 
 def _fill_residuals(problem: Problem) -> None:
-    """o, lse, to and tau by the reference in float32, head by head."""
+    """o, lse, dq, to and tau by the reference in float32, head by head."""
     B, H = problem.o.shape[:2]
     for b, h in product(range(B), range(H)):
         whole, p = problem.head(b, h), problem.head(b, h).map(Tensor.float)
         o, lse = reference.forward(p.ops, p.spec)
+        dq, *_ = reference.vjp(p.ops, o, lse, p.do, p.spec, _shapes(p, "q"))
         to, tau = reference.jvp(p.ops, o, lse, p.t, p.spec)
         _, tau2 = reference.jvp(p.ops, o, lse, p.t2, p.spec)
-        for target, x in ((whole.o, o), (whole.lse, lse), (whole.to, to), (whole.tau, tau), (whole.tau2, tau2)):
+        targets = whole.o, whole.lse, whole.dq, whole.to, whole.tau, whole.tau2
+        for target, x in zip(targets, (o, lse, dq, to, tau, tau2), strict=True):
+            assert x is not None
             target.copy_(x)
 
 
-def _shapes(p: Problem, wanted: str) -> tuple[torch.Size | None, ...]:
-    return *(getattr(p.ops, name).shape if name in wanted else None for name in "qkv"), None
+def _shapes(p: Problem, wanted: str) -> Shapes:
+    q, k, v = (getattr(p.ops, name).shape if name in wanted else None for name in "qkv")
+    return q, k, v, None
 
 
 def _second(p: Problem, tdo: bool) -> tuple[Any, ...]:
@@ -134,13 +140,26 @@ def _hvp(wanted: str, tdo: bool = False) -> Rule:
     return Rule("hvp", "hvp", lambda p: (*_second(p, tdo), p.to, p.tau, p.spec, _shapes(p, wanted)), reference.hvp)
 
 
-def _jvp_hvp(tdo: bool = False) -> Rule:
-    def both(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents, *rest: Any) -> tuple[Any, ...]:
-        tdo, spec, shapes = rest
-        to, tau = reference.jvp(ops, o, lse, t, spec)
-        return to, tau, *reference.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes)
+def _both(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, t: Tangents, *rest: Any) -> tuple[Any, ...]:
+    tdo, spec, shapes = rest
+    to, tau = reference.jvp(ops, o, lse, t, spec)
+    return to, tau, *reference.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes)
 
-    return Rule("short", "jvp_hvp_short", lambda p: (*_second(p, tdo), p.spec, _shapes(p, "qkv")), both)
+
+def _short(tdo: bool = False) -> Rule:
+    return Rule("short", "jvp_hvp_short", lambda p: (*_second(p, tdo), p.spec, _shapes(p, "qkv")), _both)
+
+
+def _jvp_dq(tdo: bool = False) -> Rule:
+    def arguments(p: Problem) -> tuple[Any, ...]:
+        *residuals, t, tdo_or_none = _second(p, tdo)
+        return *residuals, p.dq, t, tdo_or_none, p.spec, _shapes(p, "q")
+
+    def truth(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor, *rest: Any) -> tuple[Any, ...]:
+        del dq
+        return _both(ops, o, lse, do, *rest)
+
+    return Rule("jvp_dq", "jvp_hvp", arguments, truth)
 
 
 def _forward_jvp(ops: Operands, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, ...]:
@@ -160,6 +179,8 @@ RULES = {
     "hvp_dkv": _hvp("kv"),
     "hvp_dq_all": _hvp("q", tdo=True),
     "hvp_dkv_all": _hvp("kv", tdo=True),
+    "jvp_dq": _jvp_dq(),
+    "jvp_dq_all": _jvp_dq(tdo=True),
     "jvp_jvp": Rule(
         "jvp_jvp",
         "jvp_jvp",
@@ -167,8 +188,8 @@ RULES = {
         reference.jvp_jvp,
     ),
     "vjp_short": _vjp("qkv", "short", "vjp_short"),
-    "second_short": _jvp_hvp(),
-    "second_short_all": _jvp_hvp(tdo=True),
+    "second_short": _short(),
+    "second_short_all": _short(tdo=True),
 }
 
 

@@ -21,6 +21,7 @@ GROUPS = (
     ("forward", "forward_jvp", "jvp", "row_stats", "vjp_dq", "vjp_dkv"),
     ("hvp_dq", "hvp_dkv", "jvp_jvp"),
     ("hvp_dq_all", "hvp_dkv_all"),
+    ("jvp_dq", "jvp_dq_all"),
     ("vjp_short", "second_short", "second_short_all"),
 )
 # Nobody measured a default; it works, with some registers in local memory if need be. Three-pass float32 keeps two

@@ -51,7 +51,7 @@ def calls(
     yield "jvp", (ops, o, lse, t, spec)
     yield "hvp", (ops, o, lse, do, t, tdo, to, tau, spec, wanted)
     yield "jvp_jvp", (ops, o, lse, t, t2, Tangents(q), tau, tau2, spec)
-    yield "jvp_hvp", (ops, o, lse, do, t, None, spec, wanted)
+    yield "jvp_hvp", (ops, o, lse, do, None, t, None, spec, wanted)
 
 
 def projections() -> Iterator[Call]:

@@ -77,7 +77,7 @@ def test_short_and_long_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for short in (True, False):
         monkeypatch.setattr(rules.short, "fits", lambda *_, short=short: short)
         vjp = rules.vjp(ops, o, lse, do, SPEC, shapes)
-        results.append((*vjp[:3], *rules.jvp_hvp(ops, o, lse, do, t, tdo, SPEC, shapes)[:5]))
+        results.append((*vjp[:3], *rules.jvp_hvp(ops, o, lse, do, None, t, tdo, SPEC, shapes)[:5]))
     assert difference(*results) <= TRITON_F32
 
 

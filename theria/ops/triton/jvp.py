@@ -13,7 +13,7 @@ from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
-from theria.ops.triton.row_stats import PADDING, new_stats, store_stats
+from theria.ops.triton.row_stats import PADDING, new_stats, row_dot, store_stats
 from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
@@ -72,7 +72,8 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, do, tdo, lse, tau, stats,
     if stats is not None:
         do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
         tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
-        store_stats(stats, pivots, o_tile, do, acc.to(o_tile.dtype), tdo, sums, head, row, call, S)
+        tdelta = row_dot(do, acc.to(o_tile.dtype)) + row_dot(tdo, o_tile)
+        store_stats(stats, pivots, row_dot(do, o_tile), sums, tdelta, head, row, call, S)
 
 
 OPERANDS = ("q", "k", "v", "tq", "tk", "tv")

@@ -29,6 +29,7 @@ FLAT = {
     "t": "Tensor? tq, Tensor? tk, Tensor? tv",
     "t2": "Tensor? tq2, Tensor? tk2, Tensor? tv2",
     "t12": "Tensor? ttq, Tensor? ttk, Tensor? ttv",
+    "dq": "Tensor? dq",
     "tdo": "Tensor? tdo",
     "spec": "float scale, bool is_causal, float dropout_p, SymInt[] heads",
     "shapes": "SymInt[]? dq_shape, SymInt[]? dk_shape, SymInt[]? dv_shape",
@@ -41,7 +42,7 @@ RULES = {
     "jvp": ("ops o lse t spec", 2),
     "hvp": ("ops o lse do t tdo to tau spec shapes", 0),
     "jvp_jvp": ("ops o lse t t2 t12 tau tau2 spec", 1),
-    "jvp_hvp": ("ops o lse do t tdo spec shapes", 2),
+    "jvp_hvp": ("ops o lse do dq t tdo spec shapes", 2),
 }
 
 

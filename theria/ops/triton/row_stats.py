@@ -46,7 +46,7 @@ def load_stats(stats, head, row, call, BLOCK: constexpr, TANGENTS: constexpr):
 
 
 @triton.jit
-def _dot(a, b):
+def row_dot(a, b):
     """rowsum(a∘b) in float32; 0 where one is absent."""
     if a is None or b is None:
         return 0.0
@@ -55,22 +55,18 @@ def _dot(a, b):
 
 
 @triton.jit
-def store_stats(stats, pivots, o, do, to, tdo, tau, head, row, call, S: constexpr):
-    """Pack the statistics of the rows [row, row + S.BLOCK_M) of one head: two without ``tau``, else four.
-
-    Args:
-        pivots, tau: (rows,). o, do, to, tdo: (rows, width).
-    """
+def store_stats(stats, pivots, delta, tau, tdelta, head, row, call, S: constexpr):
+    """Pack the statistics (rows,) of the rows [row, row + S.BLOCK_M) of one head: two without ``tau``, else four."""
     COUNT: constexpr = 2 if tau is None else 4
     rows = padded_rows(call)
     index = row + tl.arange(0, S.BLOCK_M)
     out = stats + (tl.cast(head, tl.int64) * rows + index) * COUNT
     exists = index < rows
     tl.store(out, pivots, mask=exists)
-    tl.store(out + 1, _dot(do, o), mask=exists)
+    tl.store(out + 1, delta, mask=exists)
     if tau is not None:
         tl.store(out + 2, tau, mask=exists)
-        tl.store(out + 3, _dot(do, to) + _dot(tdo, o), mask=exists)
+        tl.store(out + 3, tdelta, mask=exists)
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
@@ -88,7 +84,7 @@ def row_stats_kernel(o, do, tdo, to, lse, tau, stats, strides, call, S: constexp
     tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", False, S)
     if tau is not None:
         tau = load_row(at_row(tau, head, call), row, call.N, 0.0, S.BLOCK_M, False)
-    store_stats(stats, pivots, o, do, to, tdo, tau, head, row, call, S)
+    store_stats(stats, pivots, row_dot(do, o), tau, row_dot(do, to) + row_dot(tdo, o), head, row, call, S)
 
 
 def new_stats(frame: Frame, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from theria.ops.triton import forward as forward_kernels
 from theria.ops.triton import forward_jvp as forward_jvp_kernels
 from theria.ops.triton import hvp as hvp_kernels
 from theria.ops.triton import jvp as jvp_kernels
+from theria.ops.triton import jvp_dq as jvp_dq_kernels
 from theria.ops.triton import jvp_jvp as jvp_jvp_kernels
 from theria.ops.triton import plans, short
 from theria.ops.triton import vjp as vjp_kernels
@@ -92,11 +93,13 @@ def new_jvp_hvp(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
+    dq: Tensor | None,
     t: Tangents,
     tdo: Tensor | None,
     spec: AttentionSpec,
     shapes: Shapes,
 ) -> tuple[Any, ...]:
+    del dq
     to, tau = new_jvp(ops, o, lse, t, spec)
     return (to, tau, *new_hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
 
@@ -221,12 +224,13 @@ def jvp_hvp(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
+    dq: Tensor | None,
     t: Tangents,
     tdo: Tensor | None,
     spec: AttentionSpec,
     shapes: Shapes,
 ) -> tuple[Any, ...]:
-    """to, tau, tdq, tdk, tdv, None: jvp and hvp along one direction."""
+    """to, tau, tdq, tdk, tdv, None: jvp and hvp along one direction; ``dq`` is that of the vjp, if it is at hand."""
     _refuse_mask(t.mask, shapes[3])
     # a map over cotangents alone leaves what jvp returns smaller than what hvp returns
     own = batch_shape(*ops, o, *t)
@@ -235,5 +239,7 @@ def jvp_hvp(
         return (to, tau, *hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
     if _short(ops):
         return short.jvp_hvp_short(ops, o, lse, do, t, tdo, spec, shapes)
+    if dq is not None and jvp_dq_kernels.takes(ops, o, do, dq, shapes[0]):
+        return jvp_dq_kernels.jvp_hvp(ops, o, lse, do, dq, t, tdo, spec, shapes)
     to, tau, stats = jvp_kernels.jvp_and_stats(ops, o, lse, do, t, tdo, spec)
     return (to, tau, *hvp_kernels.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes, stats))

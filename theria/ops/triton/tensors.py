@@ -49,6 +49,7 @@ class Strides(NamedTuple):
     ttq: Any = None
     ttk: Any = None
     ttv: Any = None
+    vjp_dq: Any = None  # dQ of the vjp, where dq is its tangent
     dq: Any = None
     dk: Any = None
     dv: Any = None

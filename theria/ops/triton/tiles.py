@@ -89,6 +89,8 @@ VARIANT = "_all"
 CROWDED = {"half": 128, "float": 64}
 SHORT = "short"
 ROWS_ONLY = ("row_stats",)  # kernels without scores
+# Kernels of half precision alone, and the widest head whose accumulators and tiles of scores fit the registers.
+NARROW = {"jvp_dq": 64}
 
 _overrides: dict[str, Tile] = {}
 
@@ -115,6 +117,12 @@ def is_short(kernel: str) -> bool:
     return SHORT in kernel
 
 
+def covers(kernel: str, width: int, kind: str) -> bool:
+    """Whether a kernel takes heads of a width (a power of two) and a kind of dtype at all."""
+    widest = NARROW.get(kernel.removesuffix(VARIANT))
+    return widest is None or (kind == "half" and width <= widest)
+
+
 def measured(key: Key) -> Tile | None:
     """The entry of the table; without one of its own a variant has that of its kernel."""
     entry = TABLE.get(key) or TABLE.get(key._replace(kernel=key.kernel.removesuffix(VARIANT)))
@@ -132,7 +140,7 @@ def lookup(key: Key) -> Tile:
         side = max(key.keys, key.width)
         area = 1024 if key.kind == "float" else 2048 if side > 32 else 4096
         return Tile(min(max(area // side, LEAST), 64), key.keys, 8 if side > 64 else 4, 1)
-    second = key.kernel.startswith(("hvp", "forward_jvp"))
+    second = key.kernel.startswith(("hvp", "forward_jvp", "jvp_dq"))
     order = "mixed" if key.kernel == "jvp_jvp" else "second" if second else "first"
     kept, walked, warps, stages = DEFAULTS[order][key.kind, key.width]
     return Tile(walked, kept, warps, stages) if "dkv" in key.kernel else Tile(kept, walked, warps, stages)
