@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from theria.ops import sdpa, sdpa_forward, sdpa_hvp
+from theria.ops import sdpa, sdpa_forward, sdpa_hvp, sdpa_vjp
 from theria.testing import naive_attention
 
 Work = Callable[[], tuple[Tensor, ...]]
@@ -55,7 +55,8 @@ class Candidate:
     Attributes:
         attend: attention of (q, k, v, is_causal=), differentiable as far as it goes.
         double: the whole double backward as one function of (inputs, causal); None where autograd does it.
-        hvp: forward over reverse as one function of (inputs, out, lse, causal).
+        hvp: forward over reverse as one function of (inputs, residuals, causal); the residuals are those of the orders
+            below, by the names of `sdpa_hvp`.
     """
 
     name: str
@@ -103,8 +104,9 @@ def _forward_over_reverse(candidate: Candidate, inputs: Inputs, causal: bool) ->
     """Tangents of dQ, dK, dV along tangents of Q, K, V and dO."""
     assert candidate.hvp is not None
     backend = "triton" if candidate is THERIA else "custom"
-    out, lse = sdpa_forward(*inputs.x, is_causal=causal, backend=backend)
-    return partial(candidate.hvp, inputs, out, lse, causal)
+    residuals = dict(zip(("out", "lse"), sdpa_forward(*inputs.x, is_causal=causal, backend=backend), strict=True))
+    dq, *_ = sdpa_vjp(*inputs.x, inputs.do, is_causal=causal, backend=backend, **residuals)
+    return partial(candidate.hvp, inputs, residuals | {"dquery": dq}, causal)
 
 
 ORDERS = {
@@ -149,18 +151,12 @@ def _compiled(inputs: Inputs, causal: bool) -> tuple[Tensor, ...]:
     return torch.compile(closed_form, dynamic=False)(inputs, causal)
 
 
-def _hvp(inputs: Inputs, out: Tensor, lse: Tensor, causal: bool) -> tuple[Tensor, ...]:
-    given = {"out": out, "lse": lse, "is_causal": causal, "backend": "triton"}
-    return sdpa_hvp(*inputs.x, inputs.do, *inputs.t, inputs.tdo, **given)
+def _hvp(inputs: Inputs, residuals: dict[str, Tensor], causal: bool, backend: str = "triton") -> tuple[Tensor, ...]:
+    return sdpa_hvp(*inputs.x, inputs.do, *inputs.t, inputs.tdo, is_causal=causal, backend=backend, **residuals)
 
 
-def _exact_hvp(inputs: Inputs, out: Tensor, lse: Tensor, causal: bool) -> tuple[Tensor, ...]:
-    given = {"out": out, "lse": lse, "is_causal": causal, "backend": "custom"}
-    return sdpa_hvp(*inputs.x, inputs.do, *inputs.t, inputs.tdo, **given)
-
-
-def _math_hvp(inputs: Inputs, out: Tensor, lse: Tensor, causal: bool) -> tuple[Tensor, ...]:
-    del out, lse
+def _math_hvp(inputs: Inputs, residuals: dict[str, Tensor], causal: bool) -> tuple[Tensor, ...]:
+    del residuals
 
     def gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(partial(naive_attention, is_causal=causal), q, k, v)[1](do)
@@ -181,7 +177,7 @@ CUDNN = Candidate("cudnn", fused(SDPBackend.CUDNN_ATTENTION))
 EAGER = Candidate("closed form", double=closed_form)
 COMPILED = Candidate("compiled", double=_compiled)
 JVP_FLASH = Candidate("jvp_flash_attention", _jvp_flash_attention)
-TRUTH = Candidate("truth", partial(sdpa, backend="custom"), hvp=_exact_hvp)
+TRUTH = Candidate("truth", partial(sdpa, backend="custom"), hvp=partial(_hvp, backend="custom"))
 
 
 def missing(candidate: Candidate) -> str | None:

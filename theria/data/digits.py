@@ -43,7 +43,8 @@ def _quarters(digit: int) -> tuple[int, ...]:
 def load_digits(subset: str = "train") -> ClassDataset:
     """The digits of a subset ("train", "val" or "test") as classes of uint8 images (1, 28, 28), ink = 255.
 
-    174 to 183 samples a class. Names are like "3@90" (counter-clockwise), groups and origins are the digits. Needs scikit-learn.
+    174 to 183 samples a class. Names are like "3@90" (counter-clockwise), groups and origins are the digits. Needs
+    scikit-learn.
     """
     if subset not in DIGITS:
         raise ValueError(f"load_digits: subset={subset!r}; one of {', '.join(map(repr, DIGITS))} is needed")
