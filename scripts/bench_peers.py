@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,11 +151,11 @@ def _compiled(inputs: Inputs, causal: bool) -> tuple[Tensor, ...]:
     return torch.compile(closed_form, dynamic=False)(inputs, causal)
 
 
-def _hvp(inputs: Inputs, residuals: dict[str, Tensor], causal: bool, backend: str = "triton") -> tuple[Tensor, ...]:
+def _hvp(inputs: Inputs, residuals: dict[str, Any], causal: bool, backend: str = "triton") -> tuple[Tensor, ...]:
     return sdpa_hvp(*inputs.x, inputs.do, *inputs.t, inputs.tdo, is_causal=causal, backend=backend, **residuals)
 
 
-def _math_hvp(inputs: Inputs, residuals: dict[str, Tensor], causal: bool) -> tuple[Tensor, ...]:
+def _math_hvp(inputs: Inputs, residuals: dict[str, Any], causal: bool) -> tuple[Tensor, ...]:
     del residuals
 
     def gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
