@@ -126,13 +126,17 @@ def problem_for(key: Key, kind: str) -> Problem:
         generator = torch.Generator("cuda").manual_seed(1)
         mask = torch.rand(1, heads, N, M, generator=generator, device="cuda") > 0.2
         mask[..., 0] = True  # lse is finite
-        ops = problem.ops._replace(mask=mask, seed=torch.full((1, 1, 1, 1), 7, device="cuda"))
-        spec = replace(problem.spec, dropout_p=0.1, heads=(1, heads))
+        ops, spec = problem.ops._replace(mask=mask), problem.spec
+        if not key.kernel.startswith("jvp_dq"):  # which has no dropout
+            ops = ops._replace(seed=torch.full((1, 1, 1, 1), 7, device="cuda"))
+            spec = replace(spec, dropout_p=0.1, heads=(1, heads))
         whole = replace(problem, ops=ops, spec=spec).map(double)
         o, lse = reference.forward(whole.ops, spec)
+        dq, *_ = reference.vjp(whole.ops, o, lse, whole.do, spec, (whole.ops.q.shape, None, None, None))
         to, tau = reference.jvp(whole.ops, o, lse, whole.t, spec)
         _, tau2 = reference.jvp(whole.ops, o, lse, whole.t2, spec)
-        rounded = {"o": o.to(problem.o.dtype), "to": to.to(problem.o.dtype)}
+        assert dq is not None
+        rounded = {name: x.to(problem.o.dtype) for name, x in {"o": o, "dq": dq, "to": to}.items()}
         problem = replace(problem, ops=ops, spec=spec, lse=lse.float(), tau=tau.float(), tau2=tau2.float(), **rounded)
     return problem
 
