@@ -48,7 +48,8 @@ from theria.ops.sweep import compute_dtype
 from theria.ops.transforms import recorded, without_autocast
 
 # The modules that implement forward, vjp, jvp, hvp, jvp_jvp and, if they can do better than one after the other,
-# jvp_hvp (jvp, hvp) and forward_jvp (forward, jvp: :mod:`theria.ops.duals`). Each is imported when it is first used:
+# jvp_hvp (jvp, hvp; with `uses_dq`, which calls need less for it given dQ) and forward_jvp (forward, jvp:
+# :mod:`theria.ops.duals`). Each is imported when it is first used:
 # the kernels need Triton, the others do not.
 RULES = {"custom": "theria.ops.blockwise", "triton": "theria.ops.triton.rules"}
 
@@ -74,6 +75,12 @@ def _jvp_then_hvp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor 
     backend = rules(spec.backend)
     to, tau = backend.jvp(ops, o, lse, t, spec)
     return (to, tau, *backend.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
+
+
+def _uses_dq(spec: AttentionSpec, ops: Operands, o: Tensor, do: Tensor, dq: Tensor | None) -> bool:
+    """Whether the backend computes jvp and hvp with less, if dQ of the vjp is kept for them."""
+    uses = getattr(rules(spec.backend), "uses_dq", None)
+    return uses is not None and uses(ops, o, do, dq)
 
 
 def _third_order(name: str, spec: AttentionSpec) -> NotImplementedError:
@@ -192,8 +199,10 @@ class Vjp(_Rule):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.spec, ctx.shapes = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[0])
-        ctx.save_for_forward(*tensors, output[0])
+        ops, (o, _, do), dq = Operands(*tensors[:5]), tensors[5:], output[0]
+        dq = dq if _uses_dq(ctx.spec, ops, o, do, dq) else None
+        ctx.save_for_backward(*tensors, dq)
+        ctx.save_for_forward(*tensors, dq)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:

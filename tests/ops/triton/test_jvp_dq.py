@@ -252,6 +252,20 @@ def test_dq_that_was_overwritten_is_refused() -> None:
         torch.autograd.grad(first, leaves, t[:3])
 
 
+@pytest.mark.parametrize(("backend", "keys"), [("custom", LONG), ("triton", 20)])
+def test_dq_is_kept_only_where_it_is_used(backend: str, keys: int) -> None:
+    """Elsewhere it may be overwritten, and its memory is free."""
+    q, k, v, do, *t = long()
+    leaves = [x.requires_grad_() for x in (q, k[:, :keys].detach(), v[:, :keys].detach())]
+    t = [x[:, : like.shape[1]] for x, like in zip(t, leaves, strict=False)]
+    results = []
+    for factor in (1, 2):
+        first = torch.autograd.grad(attend(backend, *leaves), leaves, do, create_graph=True)
+        first[0].mul_(factor)
+        results.append(torch.autograd.grad(first, leaves, (t[0] / factor, *t[1:])))
+    assert difference(results[1], results[0]) <= TOLERANCE
+
+
 def test_two_kernels_and_one_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     c = case(*half(40, LONG, 8, 5))
     o, lse = rules.forward(c.ops, c.spec)

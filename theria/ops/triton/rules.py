@@ -12,6 +12,7 @@ from torch import Tensor
 
 from theria.ops.checks import UnsupportedError
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape
+from theria.ops.transforms import traced
 from theria.ops.triton import forward as forward_kernels
 from theria.ops.triton import forward_jvp as forward_jvp_kernels
 from theria.ops.triton import hvp as hvp_kernels
@@ -216,6 +217,13 @@ def jvp_jvp(
     if _empty(ops):
         return _zero(new_jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec))
     return jvp_jvp_kernels.jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec)
+
+
+def uses_dq(ops: Operands, o: Tensor, do: Tensor, dq: Tensor | None) -> bool:
+    """Whether :func:`jvp_hvp` of a call has a use for dQ of the vjp; in a graph that is for any length, it may."""
+    if dq is None or traced():
+        return dq is not None
+    return not _empty(ops) and not _short(ops) and jvp_dq_kernels.takes(ops, o, do, dq, dq.shape)
 
 
 @operator(new_jvp_hvp)
