@@ -35,14 +35,19 @@ def log_tangent(q, tq, k, tk, tau, call, TRANSPOSED: constexpr, S: constexpr):
 
 
 @triton.jit
-def score_tangent(p, ds, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: constexpr, S: constexpr):
-    """tdS (16) of a tile from P, dS and U; tdelta is broadcast along its rows."""
-    tdp = score_product(do, tv, None, TRANSPOSED, S)
-    tdp = score_product(tdo, v, tdp, TRANSPOSED, S)
-    tds = -(p * tdelta) if tdp is None else p * (drop(tdp, keep) - tdelta)
-    if u is not None:
-        tds += u * ds  # tP∘(dP − delta)
-    return tds
+def score_tangent(p, dp, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: constexpr, S: constexpr):
+    """tdS (16) of a tile from P, dP − delta and U; tdelta is broadcast along its rows."""
+    if u is not None and keep is None and not S.SPLIT:
+        # what tdP belongs to is there before it, so that the matrix unit adds them: one tile of registers less
+        rest = score_product(do, tv, u * dp - tdelta, TRANSPOSED, S)
+        return p * score_product(tdo, v, rest, TRANSPOSED, S)
+    else:
+        tdp = score_product(do, tv, None, TRANSPOSED, S)
+        tdp = score_product(tdo, v, tdp, TRANSPOSED, S)
+        tds = -(p * tdelta) if tdp is None else p * (drop(tdp, keep) - tdelta)
+        if u is not None:
+            tds += u * (p * dp)  # tP∘(dP − delta)
+        return tds
 
 
 @triton.jit
@@ -60,11 +65,11 @@ def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: conste
     p = probabilities(x, pivots[:, None], S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     u = log_tangent(q, tq, k, tk, tau[:, None], call, False, S)
-    ds = p * (drop(score_product(do, v, None, False, S), keep) - delta[:, None])
-    tds = score_tangent(p, ds, u, do, tdo, v, tv, tdelta[:, None], keep, False, S)
-    acc = weighted_sum(tds, k, acc, S)
+    dp = drop(score_product(do, v, None, False, S), keep) - delta[:, None]
     if tk is not None:
-        acc = weighted_sum(ds, tk, acc, S)
+        acc = weighted_sum(p * dp, tk, acc, S)
+    tds = score_tangent(p, dp, u, do, tdo, v, tv, tdelta[:, None], keep, False, S)
+    acc = weighted_sum(tds, k, acc, S)
     return acc
 
 
@@ -132,11 +137,14 @@ def _dkv_step(
         if tdo is not None:
             acc_v = weighted_sum(drop(p, keep), tdo, acc_v, S)
     if DK:
-        ds = p * (drop(score_product(do, v, None, True, S), keep) - delta[None, :])
-        tds = score_tangent(p, ds, u, do, tdo, v, tv, tdelta[None, :], keep, True, S)
+        dp = drop(score_product(do, v, None, True, S), keep) - delta[None, :]
+        # dS is done with before tdP is made, but for parts, which spill in this order
+        if tq is not None and not S.SPLIT:
+            acc_k = weighted_sum(p * dp, tq, acc_k, S)
+        tds = score_tangent(p, dp, u, do, tdo, v, tv, tdelta[None, :], keep, True, S)
         acc_k = weighted_sum(tds, q, acc_k, S)
-        if tq is not None:
-            acc_k = weighted_sum(ds, tq, acc_k, S)
+        if tq is not None and S.SPLIT:
+            acc_k = weighted_sum(p * dp, tq, acc_k, S)
     return acc_k, acc_v
 
 

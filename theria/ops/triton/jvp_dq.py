@@ -32,25 +32,37 @@ def _step(acc_o, acc_q, acc_p, tau, q, tq, do, tdo, pivots, delta, keys, common,
     tk = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
     v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
     tv = load(at(tv, strides.tv, lead, S.VEC), col, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, S)
+    # The products of scores come first: none waits for another, and P is computed beside them. With tdO the registers
+    # do not hold all of them, and the matrix unit adds tdP to what it belongs to.
+    FIRST: constexpr = tdo is None
     x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
+    ts = score_product(tq, k, None, False, S)
+    ts = score_product(q, tk, ts, False, S)
+    if FIRST:
+        dp = score_product(do, v, None, False, S)
+        tdp = score_product(do, tv, None, False, S)
     p = probabilities(x, pivots[:, None], S)
     weights = rounded(p, k, S)
     acc_p = product(weights, k, acc_p, S)
     if tv is not None:
         acc_o = product(weights, tv, acc_o, S)
-    ts = score_product(tq, k, None, False, S)
-    ts = score_product(q, tk, ts, False, S)
     if ts is not None:
         ts = ts * call.scale
         u = p * ts
         tau += tl.sum(u, 1)
         acc_o = product(rounded(u, v, S), v, acc_o, S)
-    dp = score_product(do, v, None, False, S) - delta[:, None]
+    if not FIRST:
+        dp = score_product(do, v, None, False, S)
+    dp = dp - delta[:, None]
     if tk is not None:
         acc_q = product(rounded(p * dp, k, S), tk, acc_q, S)
     w = None if ts is None else ts * dp
-    w = score_product(do, tv, w, False, S)
-    w = score_product(tdo, v, w, False, S)
+    if FIRST:
+        if tdp is not None:
+            w = tdp if w is None else w + tdp
+    else:
+        w = score_product(do, tv, w, False, S)
+        w = score_product(tdo, v, w, False, S)
     acc_q = product(rounded(p * w, k, S), k, acc_q, S)
     return acc_o, acc_q, acc_p, tau
 

@@ -85,7 +85,7 @@ TABLE: dict[tuple[str, int, str, bool, int, int], tuple[Any, ...]] = {
     ("hvp_dkv_all", 16, "half", True, 90, 0): (64, 64, 4, 3, False, False),
     ("hvp_dkv_all", 32, "half", False, 90, 0): (64, 64, 4, 3, False, False),
     ("hvp_dkv_all", 32, "half", True, 90, 0): (64, 64, 4, 3, False, False),
-    ("hvp_dkv_all", 64, "half", False, 90, 0): (32, 64, 4, 3, False, True),
+    ("hvp_dkv_all", 64, "half", False, 90, 0): (64, 64, 4, 2, False, False),
     ("hvp_dkv_all", 64, "half", True, 90, 0): (32, 64, 4, 3, False, True),
     ("hvp_dkv_all", 128, "half", False, 90, 0): (32, 128, 8, 3, False, False),
     ("hvp_dkv_all", 128, "half", True, 90, 0): (32, 128, 8, 3, False, False),
