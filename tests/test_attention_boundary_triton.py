@@ -123,9 +123,16 @@ def test_as_accurate_as_plain_pytorch(dtype: torch.dtype, long: bool, request: p
 
 @pytest.mark.skipif(ON_GPU, reason="the GPU test has all dtypes")
 @pytest.mark.parametrize("composition", ["backward", *SECOND])
-def test_half_precision_in_the_interpreter(composition: str) -> None:
-    result = compare(attend, make_sample((1, 2), 9, 11, 8, 4), composition, torch.float16)
-    assert result.accurate, result
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_half_precision_in_the_interpreter(composition: str, long: bool, request: pytest.FixtureRequest) -> None:
+    if long:
+        request.getfixturevalue("long_kernels")
+    samples = [make_sample((1, 2), 9, 11, 8, 4)]
+    if long:
+        samples += [s for s in WITH_TRUTH if s.name in ("causal", "hidden_rows", "gqa6_causal")]
+    for sample in samples:
+        result = compare(attend, sample, composition, torch.float16)
+        assert result.accurate, (sample.name, result)
 
 
 def test_third_order_raises() -> None:
