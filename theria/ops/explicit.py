@@ -219,8 +219,8 @@ def sdpa_hvp(
         tangent_query, tangent_key, tangent_value, tangent_mask: shaped like their operands; None is zero and free.
         tangent_grad_out: tangent of ``grad_out``.
         out, lse: residuals of :func:`sdpa_forward`.
-        dquery: the first result of :func:`sdpa_vjp` at the same ``grad_out``, if it is at hand: a residual like ``out``,
-            which spares the kernels of "triton" a tenth of their products (25).
+        dquery: the first result of :func:`sdpa_vjp` at the same ``grad_out``, if it is at hand: a residual like
+            ``out``, which spares the kernels of "triton" a tenth of their products (25).
         mask_grad: also return the tangent of the cotangent of an additive ``attn_mask``.
 
     Returns:
