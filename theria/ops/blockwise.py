@@ -1,7 +1,8 @@
 """The formulas of :mod:`theria.ops.reference` over blocks of query rows: linear memory on any device, no Triton.
 
 A block of rows holds all M keys, so that no (N, M) array is ever alive for all rows, and each row statistic is exact
-within its block. Causal blocks read only the keys that one of their rows sees. bf16 and fp16 are computed in float32.
+within its block: delta is rowsum(P∘dP), not rowsum(dO∘O) of an output that was rounded to half precision, and neither O
+nor tO is read. Causal blocks read only the keys that one of their rows sees. bf16 and fp16 are computed in float32.
 Signatures are those of the reference; here nothing is recorded by autograd (:mod:`theria.ops.autograd` routes).
 
 Numbers in parentheses are those of ``theria/ops/README.md``.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from functools import reduce
 
+import torch
 from torch import Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
@@ -39,16 +41,15 @@ def forward(ops: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 def vjp(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes):
     """Cotangents of q, k, v and mask (5)-(9); ``shapes`` are those to reduce them to, None where not wanted."""
+    del o
     sweep = Sweep(ops, spec, lse, (do,))
     do = sweep.read(do)
-    delta = (do * sweep.read(o)).sum(-1, keepdim=True)
-    out = Cotangents(sweep, shapes, delta)
+    out = Cotangents(sweep, shapes, do)
     for b in sweep.blocks():
         do_b = cut(do, b.rows)
         out.add_v(b, b.P, do_b)
         if out.wants_scores:
-            dP = b.dropped(matmul(do_b, cut(sweep.v, b.cols).mT))
-            dS = mul(sub(dP, cut(delta, b.rows)), b.P)
+            dS = b.centred(mul(b.dropped(matmul(do_b, cut(sweep.v, b.cols).mT)), b.P))
             out.add_qk(b, dS, ops.q, ops.k)
             out.add_mask(b, dS)
     return out.results()
@@ -63,10 +64,8 @@ def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec)
         row = cut(to, b.rows)
         if (tS := sweep.score_tangent(t, b)) is not None:
             W = mul(tS, b.P)
-            tau_b = W.sum(-1, keepdim=True)
-            cut(tau, b.rows, -1).copy_(tau_b.squeeze(-1))
-            matmul(b.dropped(W), cut(sweep.v, b.cols), into=row)
-            row -= tau_b * sweep.read(cut(o, b.rows))
+            cut(tau, b.rows, -1).copy_(W.sum(-1))
+            matmul(b.dropped(b.centred(W)), cut(sweep.v, b.cols), into=row)
         if t.v is not None:
             matmul(b.dropped(b.P), sweep.read(cut(t.v, b.cols)), into=row)
     return to.to(sweep.out_dtype), tau
@@ -85,14 +84,10 @@ def hvp(
     shapes: Shapes,
 ):
     """Tangent of :func:`vjp` (13)-(18) along ``t`` and ``tdo``; ``to`` and ``tau`` are what :func:`jvp` gave."""
+    del o, to
     sweep = Sweep(ops, spec, lse, (do, tdo, *t))
-    do, o = sweep.read(do), sweep.read(o)
-    delta = (do * o).sum(-1, keepdim=True)
-    tdelta = (do * sweep.read(to)).sum(-1, keepdim=True)
-    if tdo is not None:
-        tdo = sweep.read(tdo)
-        tdelta = tdelta + (tdo * o).sum(-1, keepdim=True)
-    out = Cotangents(sweep, shapes, tdelta)
+    do, tdo = sweep.read(do), None if tdo is None else sweep.read(tdo)
+    out = Cotangents(sweep, shapes, sweep.carrier(t, do, tdo))
     for b in sweep.blocks():
         do_b, tdo_b = cut(do, b.rows), None if tdo is None else cut(tdo, b.rows)
         U = sweep.score_tangent(t, b)
@@ -102,23 +97,28 @@ def hvp(
         if tdo_b is not None:
             out.add_v(b, b.P, tdo_b)
         if out.wants_scores:
-            dP = b.dropped(matmul(do_b, cut(sweep.v, b.cols).mT))
-            dS = mul(sub(dP, cut(delta, b.rows)), b.P)
-            tdS = mul(_centred_tdP(sweep, b, t, do_b, tdo_b, cut(tdelta, b.rows)), b.P)
-            if U is not None:
-                tdS = add_product(tdS, U, dS)  # tP∘(dP − delta) = U∘dS
+            dS = b.centred(mul(b.dropped(matmul(do_b, cut(sweep.v, b.cols).mT)), b.P))
+            tdS = b.centred(_tangent(b, U, dS, _tdP(sweep, b, t, do_b, tdo_b)))
             out.add_qk(b, tdS, ops.q, ops.k)
             out.add_qk(b, dS, t.q, t.k)
             out.add_mask(b, tdS)
     return out.results()
 
 
-def _centred_tdP(sweep: Sweep, b: Block, t: Tangents, do: Tensor, tdo: Tensor | None, tdelta: Tensor) -> Tensor:
-    """tdP − tdelta (14)-(15) of a block."""
+def _tdP(sweep: Sweep, b: Block, t: Tangents, do: Tensor, tdo: Tensor | None) -> Tensor | None:
+    """tdP (14) of a block; None where neither the values nor the cotangent move."""
     tdP = None if t.v is None else matmul(do, sweep.read(cut(t.v, b.cols)).mT)
     if tdo is not None:
         tdP = matmul(tdo, cut(sweep.v, b.cols).mT, into=tdP)
-    return -tdelta if tdP is None else sub(b.dropped(tdP), tdelta)
+    return None if tdP is None else b.dropped(tdP)
+
+
+def _tangent(b: Block, U: Tensor | None, dS: Tensor, tdP: Tensor | None) -> Tensor:
+    """tP∘(dP − delta) + P∘tdP with tP = P∘U, which is tdS (16) but for its row sums, tdelta."""
+    if tdP is None:
+        return torch.zeros_like(dS) if U is None else U * dS
+    x = mul(tdP, b.P)
+    return x if U is None else add_product(x, U, dS)
 
 
 def jvp_jvp(
@@ -148,9 +148,8 @@ def jvp_jvp(
             sweep.cross_tangent(t2, t1, b),
         )
         if present := [part for part in parts if part is not None]:
-            X = mul(reduce(add, present), b.P)
+            X = b.centred(mul(reduce(add, present), b.P))
             matmul(b.dropped(X), cut(sweep.v, b.cols), into=row)
-            row -= X.sum(-1, keepdim=True) * sweep.read(cut(o, b.rows))
         for weight, tv in ((U1, t2.v), (U2, t1.v)):
             if weight is not None and tv is not None:
                 matmul(b.dropped(b.P * weight), sweep.read(cut(tv, b.cols)), into=row)

@@ -109,6 +109,10 @@ class Block:
     P: Tensor  # (*L, rows, cols)
     R: Tensor | None  # keep mask times 1/(1 − p), like P; None without dropout
 
+    def centred(self, x: Tensor) -> Tensor:
+        """x − P∘rowsum(x), in x's memory where it fits: P∘(y − rowsum(P∘y)) of x = P∘y, as (6), (12), (16) and (21)."""
+        return add_product(x, self.P, -x.sum(-1, keepdim=True))
+
     def dropped(self, x: Tensor) -> Tensor:
         """R∘x (3); x itself without dropout."""
         return x if self.R is None else x * self.R
@@ -186,9 +190,9 @@ class Sweep:
             P = P.div_(total.masked_fill_(total == 0, 1.0))
             yield Block(rows, cols, P, self.keep(rows, cols))
 
-    def carrier(self, t: Tangents) -> Tensor:
-        """A zero that is computed from every tangent (see :meth:`zeros`)."""
-        return reduce(torch.add, [x.new_zeros(()) for x in t if x is not None], self.q.new_zeros(()))
+    def carrier(self, t: Tangents, *others: Tensor | None) -> Tensor:
+        """A zero that is computed from every tangent, and from others (see :meth:`zeros`)."""
+        return reduce(torch.add, [x.new_zeros(()) for x in (*t, *others) if x is not None], self.q.new_zeros(()))
 
     def score_tangent(self, t: Tangents, b: Block) -> Tensor | None:
         """tS (10) of a block; None when the direction does not move the scores."""
