@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -234,6 +235,17 @@ def test_who_has_dq_at_hand_uses_it(order: Any, monkeypatch: pytest.MonkeyPatch)
     assert len(taken) == 1
     exact_results = order("reference", tuple(x.double() for x in tensors))
     assert difference(results, exact_results) <= TOLERANCE
+
+
+def test_a_compiled_tangent_of_gradients_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, taken = long(), []
+    expected = forward_over_reverse("triton", tensors)
+    host = module.jvp_hvp
+    monkeypatch.setattr(module, "jvp_hvp", lambda *args: (taken.append(args), host(*args))[1])
+    compiled = torch.compile(partial(forward_over_reverse, "triton"), fullgraph=True, backend="aot_eager")
+    results = compiled(tensors)
+    assert len(taken) == 1
+    assert all(x.equal(y) for x, y in zip(results, expected, strict=True))
 
 
 def test_an_explicit_dq_looks_like_the_query() -> None:

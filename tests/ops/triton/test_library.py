@@ -51,7 +51,8 @@ def calls(
     yield "jvp", (ops, o, lse, t, spec)
     yield "hvp", (ops, o, lse, do, t, tdo, to, tau, spec, wanted)
     yield "jvp_jvp", (ops, o, lse, t, t2, Tangents(q), tau, tau2, spec)
-    yield "jvp_hvp", (ops, o, lse, do, None, t, None, spec, wanted)
+    dq, *_ = rules.vjp(ops, o, lse, do, spec, wanted)
+    yield "jvp_hvp", (ops, o, lse, do, dq, t, None, spec, wanted)
 
 
 def projections() -> Iterator[Call]:
