@@ -108,3 +108,9 @@ def test_errors_come_before_any_work() -> None:
         theria.hvp(never, {}, {})
     with pytest.raises(ValueError, match=r"loss_fn returned \(3,\); a scalar tensor is needed"):
         theria.hvp(lambda p: p * 2, x, x)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, True, "a"])
+def test_a_chunk_is_a_number_of_directions(chunk_size):
+    with pytest.raises(ValueError, match=r"chunk_size=.*: give an integer of at least 1"):
+        theria.hvp(lambda p: p.square().sum(), torch.ones(3), torch.ones(4, 3), chunk_size=chunk_size)

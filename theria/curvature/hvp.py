@@ -11,6 +11,7 @@ from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
 from theria.curvature.second_order import second_order
+from theria.curvature.vectors import check_count
 
 Mode = Literal["forward_over_reverse", "reverse_over_reverse", "reverse_over_forward"]
 
@@ -45,13 +46,14 @@ def hvp(
         A pytree like ``v``.
 
     Raises:
-        ValueError: unknown mode, ``v`` of another structure or shape than ``params``, or a loss that is no scalar.
+        ValueError: unknown mode, ``v`` of another structure or shape than ``params``, a ``chunk_size`` that is no
+            integer of at least 1, or a loss that is no scalar.
         TypeError: a leaf of ``params`` that is no floating tensor.
     """
     product = _MODES.get(mode)
     if product is None:
         raise ValueError(f"mode '{mode}' is not known; needed is one of {', '.join(_MODES)}.")
-    batched = _check_direction(params, v)
+    batched = _check_direction(params, v, chunk_size)
 
     def scalar_loss(p: Any) -> Tensor:
         loss = second_order(loss_fn)(p)
@@ -90,8 +92,10 @@ def _dot(a: Any, b: Any) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in pairs]).sum()
 
 
-def _check_direction(params: Any, v: Any) -> bool:
+def _check_direction(params: Any, v: Any, chunk_size: int | None) -> bool:
     """Whether ``v`` is a batch of directions; raises when it fits neither way."""
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size, 1)
     leaves, structure = tree_flatten(params)
     directions, given = tree_flatten(v)
     if structure != given:

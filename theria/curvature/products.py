@@ -142,7 +142,7 @@ def empirical_fisher_product(
 
 def _through(model_fn: ModelFn, product: Callable[[Any, Any], Any], params: Any, v: Any, chunk_size: int | None) -> Any:
     """J' product(outputs, J v)."""
-    batched = _check_direction(params, v)
+    batched = _check_direction(params, v, chunk_size)
 
     def model(p: Any) -> Any:
         outputs = second_order(model_fn)(p)
