@@ -49,16 +49,16 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processe
         errors.UserError: no readable checkpoint, or settings that its run cannot be evaluated with.
     """
     begun = time.monotonic()
-    _check(settings)
+    check(settings)
     path, state = checkpoint.find(Path(settings.checkpoint))
-    run = _run_of(settings, state["config"])
+    run = run_of(settings, state["config"])
     copies = build.build_copies(run, settings.test_augment, settings.seed)
     learned = averaging.evaluated(state)
     result = _one_shot if settings.protocol is ProtocolKind.one_shot else _episodes
     figures, learner = result(settings, run, learned, copies, ranks)
     if ranks.is_first:
         print(f"{path}, step {state['step']}")
-        print(figures.text() + (build.chance(_task_of(settings, run)) if isinstance(figures, Evaluation) else ""))
+        print(figures.text() + (build.chance(task_of(settings, run)) if isinstance(figures, Evaluation) else ""))
         record = {"checkpoint": str(path), "step": state["step"], **_tasks(settings, run)}
         record["inner_steps"] = run.inner.evaluated_steps if takes_steps(learner) else None
         record |= {"seconds": round(time.monotonic() - begun, 1), **memory_record(build.device(run))}
@@ -73,7 +73,7 @@ def _tasks(settings: EvaluateConfig, run: Config) -> dict[str, Any]:
     if official:
         ways, shots = protocols.WAYS, 1
     else:
-        task = _task_of(settings, run)
+        task = task_of(settings, run)
         ways, shots = task.ways if isinstance(task, FewShotConfig) else None, getattr(task, "shots", None)
     return {
         "protocol": settings.protocol.value,
@@ -105,7 +105,7 @@ def _write(run_dir: Path, record: dict[str, Any]) -> Path:
             path = run_dir / f"evaluation_{name}_{number}.json"
 
 
-def _check(settings: EvaluateConfig) -> None:
+def check(settings: EvaluateConfig) -> None:
     """Refuse values outside their range, and those that the protocol would ignore."""
     counts = {"episodes": settings.episodes, "tasks": settings.tasks, "test_augment": settings.test_augment}
     for name, value in counts.items():
@@ -127,7 +127,7 @@ def _check(settings: EvaluateConfig) -> None:
         raise errors.UserError(errors.value_needed("checkpoint"))
 
 
-def _run_of(settings: EvaluateConfig, saved: dict[str, Any]) -> Config:
+def run_of(settings: EvaluateConfig, saved: dict[str, Any]) -> Config:
     """The run's configuration with what the evaluation has otherwise. Its training, and what follows it, is over.
 
     Raises:
@@ -144,7 +144,7 @@ def _run_of(settings: EvaluateConfig, saved: dict[str, Any]) -> Config:
     return run
 
 
-def _task_of(settings: EvaluateConfig, run: Config) -> TaskConfig:
+def task_of(settings: EvaluateConfig, run: Config) -> TaskConfig:
     """The run's tasks, with other sizes where they are given and images as they are."""
     if settings.subset == "val" and getattr(run.task, "train_on", "train") != "train":
         raise errors.UserError("subset=val: the run was trained on it too (task.train_on=trainval): needed is test")
@@ -161,7 +161,7 @@ def _episodes(
     settings: EvaluateConfig, run: Config, learned: dict[str, Any], copies: Copies | None, ranks: Processes
 ) -> tuple[Evaluation, Learner]:
     """Random tasks of a subset, and the learner that was given them."""
-    task = _task_of(settings, run)
+    task = task_of(settings, run)
     subset = SUBSET if settings.subset is None else settings.subset
     distinct = settings.distinct_characters
     drawn: dict[str, Any] = {"tasks": settings.tasks, "seed": settings.seed, "distinct_characters": distinct}

@@ -13,15 +13,14 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments import averaging, build, checkpoint, store
-from experiments.config import AugmentConfig, Config, FewShotConfig
+from experiments import averaging, build, checkpoint, evaluate
+from experiments.config import Config, EvaluateConfig, FewShotConfig
 from experiments.errors import UserError
 from experiments.evaluation import predictions
 from theria.data import ClassDataset, EpisodeSampler
@@ -62,18 +61,16 @@ def wrong_answers(run: Config, learned: dict[str, Any], tasks: int, episodes: in
     return wrong, answers
 
 
-def configured(state: dict[str, Any], options: argparse.Namespace) -> Config:
-    """The run with the sizes that are asked for and its images as they are.
+def configured(state: dict[str, Any], settings: EvaluateConfig) -> Config:
+    """The run with the tasks of an evaluation.
 
     Raises:
         UserError: tasks that classify no images.
     """
-    run = store.from_container(state["config"])
+    run = evaluate.run_of(settings, state["config"])
     if not isinstance(run.task, FewShotConfig):
         raise UserError(f"task={run.task.name} classifies no images")
-    sizes = {"ways": options.ways, "shots": options.shots}
-    run.task = replace(run.task, augment=AugmentConfig(), **{k: v for k, v in sizes.items() if v is not None})
-    run.trainer.device, run.trainer.protocols = options.device, []
+    run.task = evaluate.task_of(settings, run)
     return run
 
 
@@ -89,9 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=12, metavar="N", help="images that are listed")
     parser.add_argument("--out", type=Path, help="a JSON file for all of them")
     options = parser.parse_args(arguments)
+    sizes = {name: getattr(options, name) for name in ("ways", "shots", "episodes", "tasks", "device")}
+    settings = EvaluateConfig(checkpoint=str(options.run), **sizes)
     try:
+        evaluate.check(settings)
         _, state = checkpoint.find(options.run)
-        run = configured(state, options)
+        run = configured(state, settings)
         wrong, answers = wrong_answers(run, averaging.evaluated(state), options.tasks, options.episodes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

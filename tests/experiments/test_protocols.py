@@ -14,7 +14,7 @@ from torch import nn
 from experiments import build, checkpoint, resume, store
 from experiments.config import DigitsConfig, EvaluateConfig, ProtocolKind
 from experiments.errors import UserError
-from experiments.evaluate import _task_of, evaluate_checkpoint
+from experiments.evaluate import evaluate_checkpoint, task_of
 from experiments.evaluation import Copies, Evaluation, curves, mean_predictions
 from experiments.protocols import FixedTasks, OneShot, one_shot, wilson
 from theria.data import Augment, Episode, EpisodeSampler, load_omniglot
@@ -175,7 +175,7 @@ def test_only_training_images_are_deformed(compose_config):
 def test_held_out_figures_are_of_images_as_they_are(compose_config):
     """Also those of the training classes, when a checkpoint is evaluated on them."""
     run = compose_config("task=digits", "task.augment.shear=0.2")
-    task = _task_of(EvaluateConfig(subset="train", shots=3), run)
+    task = task_of(EvaluateConfig(subset="train", shots=3), run)
     assert isinstance(task, DigitsConfig)
     assert (task.ways, task.shots) == (run.task.ways, 3)
     assert build.build_augment(task).is_identity
