@@ -1,9 +1,9 @@
-"""Calls of the first-order kernels, and what a test compares them with: the reference in float64."""
+"""Calls of the kernels, and what a test compares them with: the reference in float64."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton sees a kernel
 
-from theria.ops.operands import AttentionSpec, Operands, default_scale, with_dropout
+from theria.ops.operands import AttentionSpec, Operands, Tangents, batch_shape, default_scale, with_dropout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEG_INF = float("-inf")
@@ -35,6 +35,26 @@ def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, p: floa
 def random_call(N: int, M: int, D: int, E: int, lead=(2,), dtype=torch.float32, mask=None, **options: Any) -> Call:
     q, k, v = (make(*lead, *shape, dtype=dtype) for shape in ((N, D), (M, D), (M, E)))
     return call(q, k, v, mask, **options)
+
+
+class Case(NamedTuple):
+    """A call, the cotangent of its output, a direction of both, and the shapes of the wanted results."""
+
+    ops: Operands
+    spec: AttentionSpec
+    do: Tensor
+    t: Tangents
+    tdo: Tensor | None
+    shapes: tuple
+
+
+def case(ops: Operands, spec: AttentionSpec, present=(True,) * 4, wanted=(True,) * 3) -> Case:
+    """``present``: which of tq, tk, tv, tdo are given; ``wanted``: which of tdq, tdk, tdv."""
+    lead = batch_shape(*ops)
+    do, tdo = (make(*lead, ops.q.shape[-2], ops.v.shape[-1], dtype=ops.q.dtype) for _ in range(2))
+    t = (make(*x.shape, dtype=x.dtype) if given else None for x, given in zip(ops[:3], present[:3], strict=True))
+    shapes = (*(x.shape if want else None for x, want in zip(ops[:3], wanted, strict=True)), None)
+    return Case(ops, spec, do, Tangents(*t), tdo if present[3] else None, shapes)
 
 
 def double(x: Tensor) -> Tensor:

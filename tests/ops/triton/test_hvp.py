@@ -5,15 +5,29 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.triton.calls import DEVICE, MASKS, NEG_INF, SHAPES, call, double, error, exact, make, masks, random_call
+from tests.ops.triton.calls import (
+    DEVICE,
+    MASKS,
+    NEG_INF,
+    SHAPES,
+    Case,
+    call,
+    case,
+    double,
+    error,
+    exact,
+    make,
+    masks,
+    random_call,
+)
 from theria.ops import blockwise, reference
-from theria.ops.operands import AttentionSpec, Operands, Tangents, batch_shape
+from theria.ops.operands import Tangents, batch_shape
 from theria.ops.triton import cotangents
 from theria.ops.triton import hvp as module
 from theria.ops.triton import masks as masks_of_kernels
@@ -31,7 +45,6 @@ THREE_WAY = 1.0
 # Scores up to s are rounded to s·2⁻²⁴, and with them P.
 ROUNDING = 2.0**-24
 LOW = 300.0
-ALL = (True, True, True)
 # Every row sees more than one key; see test_the_only_key_that_a_row_sees_moves_values_only.
 MOVING = [(s, causal) for s in SHAPES for causal in (False, True) if s[1] > 1 and not (causal and s[0] == 1)]
 SMALL = [Tile(16, 16, 1, 1), Tile(32, 16, 1, 1, split=True), Tile(16, 32, 1, 1, held=True)]
@@ -55,26 +68,6 @@ def _large_tiles_of_statistics():
 def tiled(tile: Tile):
     with override("hvp_dq", tile), override("hvp_dkv", tile):
         yield
-
-
-class Case(NamedTuple):
-    """A call, the cotangent of its output, a direction of both, and the shapes of the wanted results."""
-
-    ops: Operands
-    spec: AttentionSpec
-    do: Tensor
-    t: Tangents
-    tdo: Tensor | None
-    shapes: tuple
-
-
-def case(ops, spec, present=(*ALL, True), wanted=ALL) -> Case:
-    """``present``: which of tq, tk, tv, tdo are given."""
-    lead = batch_shape(*ops)
-    do, tdo = (make(*lead, ops.q.shape[-2], ops.v.shape[-1], dtype=ops.q.dtype) for _ in range(2))
-    t = (make(*x.shape, dtype=x.dtype) if given else None for x, given in zip(ops[:3], present[:3], strict=True))
-    shapes = (*(x.shape if want else None for x, want in zip(ops[:3], wanted, strict=True)), None)
-    return Case(ops, spec, do, Tangents(*t), tdo if present[3] else None, shapes)
 
 
 def residuals(c: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -388,7 +381,7 @@ def test_it_continues_the_kernels_before_it(dtype):
 
 def test_it_is_symmetric():
     """⟨a, H b⟩ = ⟨b, H a⟩ for the Hessian H of ⟨do, o⟩."""
-    a = case(*random_call(20, 33, 8, 5, is_causal=True), (*ALL, False))
+    a = case(*random_call(20, 33, 8, 5, is_causal=True), (True, True, True, False))
     b = a._replace(t=Tangents(*(make(*x.shape) for x in a.ops[:3])))
     sides = []
     for x, y in ((a, b), (b, a)):

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from tests.ops.triton.calls import DEVICE, MASKS, SHAPES, call, double, error, exact, make, masks, random_call
+from tests.ops.triton.calls import (
+    DEVICE,
+    MASKS,
+    SHAPES,
+    Case,
+    call,
+    case,
+    double,
+    error,
+    exact,
+    make,
+    masks,
+    random_call,
+)
 from theria.ops import ArgumentError, reference, sdpa, sdpa_hvp, sdpa_vjp
 from theria.ops.operands import AttentionSpec, Operands, Tangents, batch_shape
 from theria.ops.triton import jvp_dq as module
@@ -33,27 +46,6 @@ LONG = 300  # keys that do not fit the short kernels
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-class Case(NamedTuple):
-    """A call, a cotangent of its output, and a direction of both."""
-
-    ops: Operands
-    spec: AttentionSpec
-    do: Tensor
-    t: Tangents
-    tdo: Tensor | None
-
-    @property
-    def shapes(self) -> Any:
-        return self.ops.q.shape, self.ops.k.shape, self.ops.v.shape, None
-
-
-def case(ops: Operands, spec: AttentionSpec, present: tuple[bool, ...] = (True,) * 4) -> Case:
-    """``present``: which of tq, tk, tv, tdo are given."""
-    do, tdo = (make(*batch_shape(*ops), ops.q.shape[-2], ops.v.shape[-1], dtype=HALF) for _ in range(2))
-    t = (make(*x.shape, dtype=HALF) if given else None for x, given in zip(ops[:3], present[:3], strict=True))
-    return Case(ops, spec, do, Tangents(*t), tdo if present[3] else None)
-
-
 def plain(c: Case) -> tuple[Any, ...]:
     """to, tau, tdq, tdk, tdv by the reference in the dtype of the case, where every array is rounded."""
     o, lse = reference.forward(c.ops, c.spec)
@@ -64,7 +56,8 @@ def plain(c: Case) -> tuple[Any, ...]:
 def truth_of(c: Case) -> tuple[Any, ...]:
     """The same in float64."""
     t = Tangents(*(None if x is None else double(x) for x in c.t))
-    return plain(Case(exact(c.ops), c.spec, c.do.double(), t, None if c.tdo is None else c.tdo.double()))
+    tdo = None if c.tdo is None else c.tdo.double()
+    return plain(c._replace(ops=exact(c.ops), do=c.do.double(), t=t, tdo=tdo))
 
 
 def run(c: Case) -> tuple[Any, ...]:
