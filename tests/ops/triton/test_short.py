@@ -222,6 +222,48 @@ def test_in_two_walks(wanted, tdo, poisoned):
             assert x is None if y is None else torch.equal(x, y)
 
 
+BY_ROWS = Tile(64, 32, 4, 2, split=True)  # whose first walk has scores as (rows, keys)
+
+
+def operands(N: int, M: int, D: int, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return make(1, 2, N, D, dtype=dtype), make(1, 2, M, D, dtype=dtype), make(1, 2, M, E, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("N", [64, 70])
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "no key", "additive", "dropout"])
+def test_whole_rows_in_the_first_walk(kind, N, dtype, poisoned):
+    """Blocks of 64 rows, the last of them with rows that do not exist; the second walk takes 32 at a time."""
+    mask = {
+        "bool": torch.rand(1, 1, N, 21, device=DEVICE) > 0.3,
+        "no key": (torch.arange(N, device=DEVICE) % 5 > 0)[None, None, :, None],
+        "additive": make(1, 2, N, 21),
+    }.get(kind)
+    case = Case(*operands(N, 21, 8, 5, dtype), mask, causal=kind == "causal", dropout=0.4 * (kind == "dropout"))
+    with override("second_short", BY_ROWS):
+        case.compare(case.jvp_hvp(), case.second, NAMES)
+        case.compare(case.hvp(), case.second[2:], NAMES[2:])
+
+
+@pytest.mark.parametrize("present", list(itertools.product((0, 1), repeat=3)))
+@pytest.mark.parametrize("tdo", [False, True])
+def test_absent_tangents_in_the_first_walk(present, tdo, poisoned):
+    case = Case(*operands(40, 10, 4, 3, torch.float32), present=present, tdo=tdo)
+    with override("second_short", BY_ROWS):
+        case.compare(case.jvp_hvp(), case.second, NAMES)
+        case.compare(case.hvp(), case.second[2:], NAMES[2:])
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((0, 1), repeat=3)))
+def test_only_what_is_wanted_of_two_walks(wanted, poisoned):
+    grouped = make(2, 3, 40, 4), make(2, 1, 10, 4), make(2, 1, 10, 3)
+    for x in (operands(40, 10, 4, 3, torch.float32), grouped):
+        case = Case(*x, wanted=wanted)
+        with override("second_short", BY_ROWS):
+            case.compare(case.jvp_hvp(), case.second, NAMES)
+            case.compare(case.hvp(), case.second[2:], NAMES[2:])
+
+
 def test_float32_loses_no_more_than_plain_pytorch():
     """A row of P whose sum is 1 but for rounding, times what its keys have in common in dP: where that is large, dS,
     in which only differences count, has the error. Without the division by that sum it is 2.3 times plain PyTorch's.

@@ -17,7 +17,7 @@ from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.parts import static_for
 from theria.ops.triton.short_kernels import second_short_kernel, vjp_short_kernel
-from theria.ops.triton.tiles import Tile, kind, power_of_two, select
+from theria.ops.triton.tiles import LEAST, Tile, kind, power_of_two, select
 
 ROWS, KEYS, WIDTH = 256, 128, 128  # the most rows and keys and the widest head of a program
 AREA = {"half": 64 * 128, "float": 64 * 32}  # and the most of keys times width, half of it where memory is small:
@@ -71,10 +71,15 @@ def _launch(kernel: Any, name: str, frame: Frame, names: tuple[str, ...], rows: 
     tile = tile._replace(rows=min(tile.rows, power_of_two(frame.N)), keys=power_of_two(frame.M))
     tensors, strides, call, static = frame.describe(names, tile, grouped)
     static = static_for(frame, static)
+    statics = ()
+    if kernel is second_short_kernel:  # what its second walk is compiled for, of half as many rows
+        *_, second = frame.describe(names, tile._replace(rows=max(tile.rows // 2, LEAST)), grouped)
+        statics = (static_for(frame, second) if tile.split else static,)
     flat = (1, 1, frame.heads) == (call.L1, call.L2, call.L3)
     one = tile.rows >= frame.N and not grouped
     programs = frame.heads // frame.lead[-1] if grouped else -(-frame.heads // pack)
-    launch(kernel, programs, frame, (*tensors, *rows, strides, call, frame.heads, pack, flat, one), static, tile)
+    args = (*tensors, *rows, strides, call, frame.heads, pack, flat, one, *statics)
+    launch(kernel, programs, frame, args, static, tile)
 
 
 def vjp_short(ops: Operands, o: Tensor, lse: Tensor, do: Tensor, spec: AttentionSpec, shapes: Shapes):

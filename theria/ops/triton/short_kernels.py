@@ -7,6 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from theria.ops.triton import dropout, softmax, tensors
 from theria.ops.triton.dropout import drop
 from theria.ops.triton.packed import (
     coordinates,
@@ -21,7 +22,9 @@ from theria.ops.triton.packed import (
 )
 from theria.ops.triton.products import product, product_with_transposed, rounded, transposed, weighted_sum
 from theria.ops.triton.softmax import pivot, probabilities
-from theria.ops.triton.tensors import at, constexpr, device
+from theria.ops.triton.tensors import at, at_row, constexpr, device
+
+WGMMA_ROWS = tl.constexpr(64)  # what Hopper's matrix unit wants on the left
 
 
 @triton.jit
@@ -129,9 +132,12 @@ def _vjp_block(acc_k, acc_v, k, v, q, do, dq, dk, dv, lse, mask, seed, strides, 
 
 
 @triton.jit
-def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, head, row,
-                  call, PACK: constexpr, FLAT: constexpr, S: constexpr):  # fmt: skip
-    """(10)-(18) of one block of rows: writes tO with tau, and tdQ, adds to tdK (without scale) and tdV."""
+def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, known, mask, seed, strides,
+                  head, row, call, PACK: constexpr, FLAT: constexpr, S: constexpr):  # fmt: skip
+    """(10)-(18) of one block of rows: writes tO with tau, and tdQ, adds to tdK (without scale) and tdV.
+
+    ``known`` is tau where a walk before this one has written it, else None.
+    """
     lead = coordinates(head, call, FLAT)
     q = load_operand(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
     tq = load_operand(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, PACK, S)
@@ -140,16 +146,15 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
     p = _weights(q, k, lse, mask, strides, lead, head, row, call, PACK, S)
     keep = keep_factor(_seed_of(seed, strides, lead), head, row, call, PACK, S)
     total = row_sum(_zeros(16, S.BLOCK_M, PACK))
-    tp, ds, y, out = None, None, None, None
+    u, ds, y, out = None, None, None, None
     ts = product_with_transposed(tk, q, product_with_transposed(k, tq, None, S), S)
     if ts is not None:
-        ts *= call.scale
-        total = row_sum(p * ts)
-        tp = p * (ts - total)  # (13)
-        if to is not None:
-            out = _add_transposed(out, drop(tp, keep), v, S)
+        total = row_sum(p * ts) * call.scale if known is None else load_row(known, head, row, 0.0, call, PACK, S)
+        u = ts * call.scale - total  # tP = P∘U (13)
         if dv is not None:
-            acc_v = _add(acc_v, drop(tp, keep), do, S)
+            acc_v = _add(acc_v, drop(p * u, keep), do, S)
+        if to is not None:
+            out = _add_transposed(out, drop(p * u, keep), v, S)
     if dv is not None:
         acc_v = _add(acc_v, drop(p, keep), tdo, S)
     if to is not None:
@@ -157,17 +162,21 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
         _store_rows(to, out, strides.to, lead, row, call, "E", PACK, S)
         store_row(tau, total, head, row, call, PACK, S)
     if dq is not None or dk is not None:
-        if tp is not None:
+        if u is not None:
             dp = drop(product_with_transposed(v, do, None, S), keep)
             dp -= row_sum(p * dp)
-            y = tp * dp
             ds = rounded(p * dp, k, S)
             if dk is not None:
                 acc_k = _add(acc_k, ds, tq, S)
-        tdp = product_with_transposed(tv, do, product_with_transposed(v, tdo, None, S), S)
-        if tdp is not None:
-            y = p * drop(tdp, keep) if y is None else y + p * drop(tdp, keep)
+            y = u * dp
+        if keep is None and not S.SPLIT:  # the matrix unit adds tdP: one tile of registers less
+            y = product_with_transposed(tv, do, product_with_transposed(v, tdo, y, S), S)
+        else:
+            tdp = product_with_transposed(tv, do, product_with_transposed(v, tdo, None, S), S)
+            if tdp is not None:
+                y = drop(tdp, keep) if y is None else y + drop(tdp, keep)
         if y is not None:
+            y = p * y
             y = rounded(y - p * row_sum(y), k, S)  # (16): rowsum(tP) = 0 makes rowsum(y) tdelta
         if dq is not None:
             tdq = _add_transposed(_add_transposed(None, ds, tk, S), y, k, S)
@@ -179,15 +188,56 @@ def _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, ls
     return acc_k, acc_v
 
 
+@triton.jit
+def _output_block(acc_v, k, v, tk, tv, q, do, tq, tdo, to, dv, lse, tau, mask, seed, strides, head, row, call,
+                  FLAT: constexpr, S: constexpr):  # fmt: skip
+    """(10)-(12) and (18) of one block of rows of one head: writes tO with tau, adds to tdV. Scores are (rows, keys)."""
+    lead = coordinates(head, call, FLAT)
+    q = load_operand(at(q, strides.q, lead, S.VEC), row, call.N, strides.q, S.BLOCK_M, "D", S.EVEN_N, 1, S)
+    tq = load_operand(at(tq, strides.tq, lead, S.VEC), row, call.N, strides.tq, S.BLOCK_M, "D", S.EVEN_N, 1, S)
+    do = load_operand(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, 1, S)
+    tdo = load_operand(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, 1, S)
+    pivots = pivot(tensors.load_row(at_row(lse, head, call), row, call.N, float("inf"), S.BLOCK_M, S.EVEN_N), S)
+    x = softmax.scaled_scores(q, k, mask, strides, lead, row, 0, call, True, False, S)
+    p = probabilities(x, pivots[:, None], S)
+    if S.NATURAL:  # as in _weights
+        total = tl.sum(p, 1)
+        p /= tl.where(total == 0.0, 1.0, total)[:, None]
+    keep = dropout.keep_factor(_seed_of(seed, strides, lead), head, row, 0, call, S.BLOCK_M, S.BLOCK_N, False)
+    out = None
+    ts = product_with_transposed(q, tk, product_with_transposed(tq, k, None, S), S)
+    total = tl.zeros((S.BLOCK_M,), tl.float32)
+    if ts is not None:
+        total = tl.sum(p * ts, 1) * call.scale
+        tp = rounded(drop(p * (ts * call.scale - total[:, None]), keep), v, S)  # (13)
+        if dv is not None:
+            acc_v = weighted_sum(transposed(tp), do, acc_v, S)
+        if to is not None:
+            out = weighted_sum(tp, v, out, S)
+    weights = rounded(drop(p, keep), v, S)
+    if dv is not None and tdo is not None:
+        acc_v = weighted_sum(transposed(weights), tdo, acc_v, S)
+    if to is not None:
+        out = _add(out, weights, tv, S)
+        if out is None:
+            out = _zeros(S.BLOCK_M, S.BLOCK_E, 1)
+        tensors.store(at(to, strides.to, lead, S.VEC), out, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
+        tensors.store_row(at_row(tau, head, call), total, row, call.N, S.BLOCK_M, S.EVEN_N)
+    return acc_v
+
+
 @device
-def _program(total, call, PACK: constexpr, S: constexpr) -> Any:
-    """First head of this program, and how many blocks of rows it walks over."""
+def _first_head(total, call, PACK: constexpr, S: constexpr) -> Any:
+    """The first head of this program."""
     first = tl.program_id(0) * PACK
+    return heads_from(first * call.L3 if S.GROUPED else first, total, PACK)
+
+
+@device
+def _blocks(call, S: constexpr) -> Any:
+    """Blocks of rows of a head, and of all heads of this program."""
     blocks = tl.cdiv(call.N, S.BLOCK_M)
-    if S.GROUPED:  # the query heads of one key head
-        return heads_from(first * call.L3, total, PACK), blocks, blocks * call.L3
-    else:
-        return heads_from(first, total, PACK), blocks, blocks
+    return blocks, blocks * call.L3 if S.GROUPED else blocks  # the query heads of one key head
 
 
 @device
@@ -206,7 +256,7 @@ def _row_of(block, blocks, S: constexpr) -> Any:
 def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, total,
                      PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
     """All of (5)-(8) for the heads of one program."""
-    first, blocks, count = _program(total, call, PACK, S)
+    first = _first_head(total, call, PACK, S)
     lead = coordinates(first, call, FLAT)
     k_tile = load_operand(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
     v_tile = load_operand(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
@@ -215,6 +265,7 @@ def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, to
         acc_k, acc_v = _vjp_block(acc_k, acc_v, k_tile, v_tile, q, do, dq, dk, dv, lse, mask, seed, strides,
                                   first, 0, call, PACK, FLAT, S)  # fmt: skip
     else:
+        blocks, count = _blocks(call, S)
         for i in range(0, count):
             head = _head_of(i, first, blocks, S)
             row = _row_of(i, blocks, S)
@@ -224,46 +275,71 @@ def vjp_short_kernel(q, k, v, mask, seed, do, dq, dk, dv, lse, strides, call, to
 
 
 @triton.jit
-def _second_pass(k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, first, blocks, count,
-                 call, PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
+def _second_pass(k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, known, mask, seed, strides, first, call,
+                 PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
     """What is wanted of (10)-(18), in one walk over the rows."""
     acc_k, acc_v = _zeros(S.BLOCK_N, S.BLOCK_D, PACK), _zeros(S.BLOCK_N, S.BLOCK_E, PACK)
     if ONE:
-        acc_k, acc_v = _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed,
-                                     strides, first, 0, call, PACK, FLAT, S)  # fmt: skip
+        acc_k, acc_v = _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, known, mask,
+                                     seed, strides, first, 0, call, PACK, FLAT, S)  # fmt: skip
     else:
+        blocks, count = _blocks(call, S)
         # What the compiler would take out of this loop are addresses, some thirty registers of them.
         for i in tl.range(0, count, disable_licm=True):
             head = _head_of(i, first, blocks, S)
             row = _row_of(i, blocks, S)
-            acc_k, acc_v = _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask,
-                                         seed, strides, head, row, call, PACK, FLAT, S)  # fmt: skip
+            acc_k, acc_v = _second_block(acc_k, acc_v, k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, known,
+                                         mask, seed, strides, head, row, call, PACK, FLAT, S)  # fmt: skip
     lead = coordinates(first, call, FLAT)
     _store_keys(dk, dv, acc_k, acc_v, strides, lead, call, PACK, S)
 
 
+@triton.jit
+def _output_pass(k, v, tk, tv, q, do, tq, tdo, to, dv, lse, tau, mask, seed, strides, first, call,
+                 FLAT: constexpr, S: constexpr):  # fmt: skip
+    """tO, tau and tdV, as wanted, in one walk over the rows."""
+    acc_v = _zeros(S.BLOCK_N, S.BLOCK_E, 1)
+    blocks, count = _blocks(call, S)
+    # Rows that are loaded ahead would take the shared memory of the second program of a multiprocessor.
+    for i in tl.range(0, count, num_stages=1, disable_licm=True):
+        head = _head_of(i, first, blocks, S)
+        row = _row_of(i, blocks, S)
+        acc_v = _output_block(acc_v, k, v, tk, tv, q, do, tq, tdo, to, dv, lse, tau, mask, seed, strides, head, row,
+                              call, FLAT, S)  # fmt: skip
+    _store_keys(None, dv, None, acc_v, strides, coordinates(first, call, FLAT), call, 1, S)
+
+
 @triton.jit(do_not_specialize=["strides", "call", "total"])
 def second_short_kernel(q, k, v, mask, seed, do, tq, tk, tv, tdo, to, dq, dk, dv, lse, tau, strides, call, total,
-                        PACK: constexpr, FLAT: constexpr, ONE: constexpr, S: constexpr):  # fmt: skip
+                        PACK: constexpr, FLAT: constexpr, ONE: constexpr, SECOND: constexpr,
+                        S: constexpr):  # fmt: skip
     """All of (10)-(18) for the heads of one program.
 
-    With S.APART in two walks over the rows, tO with tdV and then tdQ with tdK: 15 products instead of 12, and the
-    registers of one accumulator.
+    With S.APART in two walks over the rows: tO with tdV, then tdQ with tdK. 15 products instead of 12, and the
+    registers of one accumulator. The first walk takes WGMMA_ROWS rows at a time, if its tile has as many, as (rows,
+    keys): left operands are whole then, and the sum of a row stays in a warp. The second one has no registers for
+    that, and takes those of SECOND.
     """
-    first, blocks, count = _program(total, call, PACK, S)
+    first = _first_head(total, call, PACK, S)
     lead = coordinates(first, call, FLAT)
     k = load_operand(at(k, strides.k, lead, S.VEC), 0, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
     v = load_operand(at(v, strides.v, lead, S.VEC), 0, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
     tk = load_operand(at(tk, strides.tk, lead, S.VEC), 0, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, PACK, S)
     tv = load_operand(at(tv, strides.tv, lead, S.VEC), 0, call.M, strides.tv, S.BLOCK_N, "E", S.EVEN_M, PACK, S)
     if not S.APART:
-        _second_pass(k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, mask, seed, strides, first, blocks, count,
-                     call, PACK, FLAT, ONE, S)  # fmt: skip
+        _second_pass(k, v, tk, tv, q, do, tq, tdo, to, dq, dk, dv, lse, tau, None, mask, seed, strides, first, call,
+                     PACK, FLAT, ONE, S)  # fmt: skip
     else:
         if to is not None or dv is not None:
-            _second_pass(k, v, tk, tv, q, do, tq, tdo, to, None, None, dv, lse, tau, mask, seed, strides, first, blocks,
-                         count, call, PACK, FLAT, ONE, S)  # fmt: skip
+            if S.BLOCK_M >= WGMMA_ROWS:
+                _output_pass(k, v, tk, tv, q, do, tq, tdo, to, dv, lse, tau, mask, seed, strides, first, call, FLAT, S)
+            else:
+                _second_pass(k, v, tk, tv, q, do, tq, tdo, to, None, None, dv, lse, tau, None, mask, seed, strides,
+                             first, call, PACK, FLAT, False, SECOND)  # fmt: skip
         if dq is not None or dk is not None:
+            known = None if to is None else tau
+            if known is not None:
+                tl.debug_barrier()  # other threads of this program have written it
             first += tl.minimum(call.N, 0)  # nothing, but the compiler keeps no address of the one walk for the other
-            _second_pass(k, v, tk, tv, q, do, tq, tdo, None, dq, dk, None, lse, tau, mask, seed, strides, first, blocks,
-                         count, call, PACK, FLAT, ONE, S)  # fmt: skip
+            _second_pass(k, v, tk, tv, q, do, tq, tdo, None, dq, dk, None, lse, tau, known, mask, seed, strides, first,
+                         call, PACK, FLAT, False, SECOND)  # fmt: skip

@@ -107,7 +107,7 @@ TABLE: dict[tuple[str, int, str, bool, int, int], tuple[Any, ...]] = {
     ("second_short", 16, "half", False, 90, 16): (16, 16, 1, 1, False, False),
     ("second_short", 32, "half", False, 90, 64): (64, 64, 4, 1, False, False),
     ("second_short", 64, "half", False, 90, 64): (64, 64, 4, 1, False, False),
-    ("second_short", 64, "half", False, 90, 128): (32, 128, 4, 2, True, False),
+    ("second_short", 64, "half", False, 90, 128): (64, 128, 4, 2, True, False),
     ("second_short", 32, "float", False, 90, 64): (64, 64, 4, 1, False, False),
-    ("second_short_all", 64, "half", False, 90, 128): (64, 128, 8, 2, True, False),
+    ("second_short_all", 64, "half", False, 90, 128): (64, 128, 4, 2, True, False),
 }
