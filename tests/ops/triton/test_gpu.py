@@ -26,7 +26,9 @@ BF16 = 1e-2  # of bfloat16 results, far above their rounding (3e-3) and far belo
 RATIO = 3.0  # times the error of the same formulas in plain PyTorch and the same dtype
 fused: Callable[..., Tensor] = partial(sdpa, backend="triton")
 truth: Callable[..., Tensor] = partial(sdpa, backend="reference")
-SHAPES = pytest.mark.parametrize("shape", [(2, 3, 40, 16), (2, 3, 200, 64)], ids=["short", "long"])
+SHAPES = pytest.mark.parametrize(
+    "shape", [(2, 3, 40, 16), (40, 8, 128, 64), (2, 3, 200, 64)], ids=["short", "two walks", "long"]
+)
 
 Everything = Callable[[list[Tensor]], list[Tensor]]
 
