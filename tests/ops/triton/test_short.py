@@ -209,7 +209,11 @@ def test_what_one_head_holds_stays_there(value, regime):
 @pytest.mark.parametrize("wanted", [ALL, (1, 0, 0), (0, 0, 1), (0, 0, 0)])
 @pytest.mark.parametrize("tdo", [False, True])
 def test_in_two_walks(wanted, tdo, poisoned):
-    """A tile that is split: the same bits, since no sum has another order; blocks of a head, and several heads."""
+    """A tile that is split; blocks of a head, and several heads.
+
+    No sum has another order, so that the interpreter gives the same bits. A compiler may fuse another product of a sum
+    with it, where both of what is added are products.
+    """
     long = Case(make(2, 37, 8), make(2, 21, 8), make(2, 21, 5), causal=True, wanted=wanted, tdo=tdo)
     several = Case(make(5, 5, 8), make(5, 7, 8), make(5, 7, 5), wanted=wanted, tdo=tdo)
     for case, tile in ((long, Tile(16, 32, 1, 1)), (several, Tile(32, 16, 1, 1))):
@@ -219,7 +223,7 @@ def test_in_two_walks(wanted, tdo, poisoned):
             split = case.jvp_hvp()
         case.compare(split, case.second, NAMES)
         for x, y in zip(whole, split, strict=True):
-            assert x is None if y is None else torch.equal(x, y)
+            assert x is None if y is None else DEVICE == "cuda" or torch.equal(x, y)
 
 
 BY_ROWS = Tile(64, 32, 4, 2, split=True)  # whose first walk has scores as (rows, keys)

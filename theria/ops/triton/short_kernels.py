@@ -218,7 +218,8 @@ def _output_block(acc_v, k, v, tk, tv, q, do, tq, tdo, to, dv, lse, tau, mask, s
     if dv is not None and tdo is not None:
         acc_v = weighted_sum(transposed(weights), tdo, acc_v, S)
     if to is not None:
-        out = _add(out, weights, tv, S)
+        if tv is not None:
+            out = weighted_sum(weights, tv, out, S)
         if out is None:
             out = _zeros(S.BLOCK_M, S.BLOCK_E, 1)
         tensors.store(at(to, strides.to, lead, S.VEC), out, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
