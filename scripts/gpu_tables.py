@@ -1,4 +1,4 @@
-"""Write the figures of docs/benchmarks/{host,operator,operator_peers}_h200.json into the tables of its README.md.
+"""Write the figures of docs/benchmarks/{host,operator}_h200.json into the tables of its README.md.
 
     python scripts/gpu_tables.py [--check]
 
@@ -125,11 +125,10 @@ def written(text: str, figures: Figures) -> str:
 def main() -> None:
     page = BENCHMARKS / "README.md"
     old = page.read_text()
-    # A row of the host is taken from its own file: it is measured where nothing else runs. Peers that an operator's run
-    # had no time for are in a file of an earlier run.
+    # A row of the host is taken from its own file: it is measured where nothing else runs.
     rows = [
         row
-        for name in ("host", "operator", "operator_peers")
+        for name in ("host", "operator")
         for row in json.loads((BENCHMARKS / f"{name}_h200.json").read_text())["rows"]
         if row.get("failure") != "out of time"
     ]
