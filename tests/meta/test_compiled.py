@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +155,73 @@ def test_numbers_of_the_learner_that_change_are_followed() -> None:
         sx, sy, qx, qy = episode(0)
         given = (sx, torch.arange(sy.shape[1]).remainder(ways).expand_as(sy).contiguous(), qx, qy)
         assert difference(by(step, given), eager(learner, given)) <= SAME
+
+
+class Smooth(nn.Module):
+    """An activation with a number, and an object with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.shift = 1.0, SimpleNamespace(by=0.0, also=[0.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.slope * x + self.shift.by + self.shift.also[0])
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_whatever_is_replaced_in_a_learner_is_followed() -> None:
+    model = nn.Sequential(nn.Flatten(-3), nn.Linear(64, 8), Smooth(), nn.Linear(8, WAYS)).double()
+    learner = MAML(model, cross_entropy, SGD(0.1), 2, Unrolled())
+    step = CapturedStep(learner, compile=True)
+    smooth = learner.model[2]
+
+    def change(what: str) -> None:
+        match what:
+            case "optimiser":
+                learner.inner = SGD(0.3)
+            case "adjoint":
+                learner.adjoint = FirstOrder()
+            case "loss":
+                learner.loss_fn = partial(cross_entropy, label_smoothing=0.2)
+            case "number of a module":
+                smooth.slope = 2.0
+            case "number of an object":
+                smooth.shift.by = 0.5
+            case "object":
+                smooth.shift = SimpleNamespace(by=0.5, also=[0.25])
+            case "module":
+                learner.model[2] = nn.Sigmoid()
+
+    last = None
+    kinds = ("", "optimiser", "adjoint", "loss", "number of a module", "number of an object", "object", "module")
+    for what in kinds:
+        change(what)
+        found = by(step, episode(0))
+        assert difference(found, eager(learner, episode(0))) <= SAME, what
+        assert last is None or difference(found, last) > 1e-4, what  # the change is one
+        last = [x.clone() for x in found]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_nothing_new_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation between two steps, and an optimiser of the same values in the place of another, are nothing new."""
+    made: list[Fused] = []
+
+    def remember(*args: Any) -> Fused:
+        made.append(Fused(*args, compiler=as_traced))
+        return made[-1]
+
+    monkeypatch.setattr(compiled, "Fused", remember)
+    learner = make(name)
+    step = CapturedStep(learner, compile=True)
+    for seed in range(3):
+        step(episode(seed))
+        learner.eval()
+        learner.predict(episode(seed))
+        learner.train()
+        if hasattr(learner, "inner"):
+            learner.inner = replace(learner.inner)
+    assert len(made) == 1
 
 
 def test_a_learner_that_counts_its_runs_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,9 @@ class CapturedStep:
     What is recorded is fixed: the shapes, the addresses of parameters and buffers (an optimiser of PyTorch updates them
     in place, and so does `load_state_dict`), and every branch that Python took: the labels of the first episode are
     checked, those of later ones are not. The memory of a step stays with its graph. Parameters that were moved, frozen
-    or replaced since are noticed and recorded anew, and so are the learner's own attributes that are numbers or
-    strings, such as `ways`; another hyperparameter, or a module in the place of another, is not: make another step
-    after changing one.
+    or replaced since are noticed and recorded anew, and so are other modules, public attributes of modules that are no
+    tensors (`ways`, an inner optimiser, an adjoint), and the numbers that such an object has; numbers that are deeper
+    inside of it are not: make another step after changing one.
 
     Args:
         learner: a module whose call on an episode returns the outer loss, a scalar.

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Compiled:
             )
         around = surroundings(self.learner)
         key = layout(leaves), structure, tuple(state), layout(list(state.values())), tuple(names), around
-        precision = around[1] if self.autocast is None else self.autocast
+        precision = around.autocast if self.autocast is None else self.autocast
         step = self._of.get(key) or _Step(self, leaves, structure, state, names, precision)
         compared = step.checked
         loss = step(leaves, state, parameters)
@@ -166,22 +167,69 @@ def _value(x: Any) -> Any:
     return type(x), x  # True == 1 == 1.0
 
 
-Surroundings = tuple[
-    tuple[bool, ...], torch.dtype | None, tuple[str, str], tuple[int, ...], tuple[tuple[str, str], ...]
-]
+class Surroundings(NamedTuple):
+    """What decides the operations of a step besides the layouts of its tensors, as a key.
+
+    Attributes:
+        modules: the learner's, each with what it is set to: its mode, numbers, an inner optimiser, an adjoint.
+        autocast: the dtype of autocast, None where it is off.
+        float32: how products and convolutions of float32 are computed.
+        tied: which names are the same tensor.
+    """
+
+    modules: tuple[Hashable, ...]
+    autocast: torch.dtype | None
+    float32: tuple[str, str]
+    tied: tuple[int, ...]
 
 
 def surroundings(learner: nn.Module) -> Surroundings:
-    """What else decides the operations of a step: which modules train, the dtype of autocast, float32's products and
-    convolutions, which names are the same tensor, and the learner's own numbers and strings."""
+    """Those of a step as of now."""
     kind = next(learner.parameters()).device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     named = (learner.named_parameters(remove_duplicate=False), learner.named_buffers(remove_duplicate=False))
     first: dict[int, int] = {}
     tied = tuple(first.setdefault(id(x), len(first)) for _, x in chain(*named))
-    float32 = matmul_precision(), convolution_precision()
-    values = tuple((k, repr(v)) for k, v in vars(learner).items() if isinstance(v, int | float | str) and k[0] != "_")
-    return tuple(m.training for m in learner.modules()), autocast, float32, tied, values
+    modules = tuple((m, _settings(vars(m))) for m in learner.modules())
+    return Surroundings(modules, autocast, (matmul_precision(), convolution_precision()), tied)
+
+
+def _settings(attributes: dict[str, Any]) -> tuple[Hashable, ...]:
+    """Public attributes, but for tensors and modules."""
+    public = ((k, v) for k, v in attributes.items() if k[0] != "_" and not isinstance(v, Tensor | nn.Module))
+    return tuple((k, _setting(v)) for k, v in public)
+
+
+def _setting(x: Any) -> Hashable:
+    """Equal for one value (numbers, frozen dataclasses) and for one object as long as its own numbers are the same."""
+    if isinstance(x, list | tuple):
+        return type(x), tuple(map(_setting, x))
+    if isinstance(x, dict):
+        return dict, tuple((_setting(k), _setting(v)) for k, v in x.items())
+    numbers = tuple((k, repr(v)) for k, v in getattr(x, "__dict__", {}).items() if isinstance(v, int | float | str))
+    return type(x), _Same(x) if isinstance(x, Tensor) or not _hashes(x) else x, numbers  # True == 1 == 1.0
+
+
+def _hashes(x: Any) -> bool:
+    """Whether ``x`` has a hash: of a frozen dataclass all fields must have one."""
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal to another one of the very same object, which it keeps: no other one gets its place in memory."""
+
+    x: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.x is other.x
+
+    def __hash__(self) -> int:
+        return id(self.x)
 
 
 @contextmanager
