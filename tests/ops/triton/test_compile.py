@@ -117,6 +117,40 @@ def test_operands_are_split_before_a_kernel() -> None:
     assert done.stdout.split() == ["ok"] * 5, done.stderr
 
 
+ABSENT = """
+import itertools, torch
+from theria.ops.operands import Tangents
+from theria.ops.triton import jvp_dq, short
+from theria.ops.triton.tiles import Tile, override
+from theria.testing.compile import compile_launch
+from theria.testing.kernels import launches_go_to, make_problem
+p = make_problem((1, 2, 40, 10, 4, 3), torch.float16, False, "meta")
+shapes, found = (p.ops.q.shape, p.ops.k.shape, p.ops.v.shape, None), []
+for present in itertools.product((False, True), repeat=3):
+    t = Tangents(*(x if here else None for x, here in zip(p.t[:3], present)))
+    for tdo in (None, p.tdo):
+        known = p.ops, p.o, p.lse, p.do
+        with launches_go_to(found.append):
+            for tile in (Tile(16, 16, 4, 1), Tile(64, 16, 4, 2, split=True)):
+                with override("second_short", tile):
+                    short.jvp_hvp_short(*known, t, tdo, p.spec, shapes)
+                    short.hvp_short(*known, t, tdo, p.to, p.tau, p.spec, shapes)
+            if any(present):
+                with override("jvp_dq", Tile(64, 16, 4, 1)):
+                    jvp_dq.jvp_hvp(*known, p.dq, t, tdo, p.spec, (shapes[0], None, None, None))
+for launch in found:
+    compile_launch(launch, 90)
+print(len(found))
+"""
+
+
+def test_whatever_is_absent_compiles() -> None:
+    """In the interpreter a device function may return None, which the compiler refuses; a direction without any part
+    is none that a rule asks for, and no reason to fail."""
+    done = run("-c", ABSENT)
+    assert done.stdout.split() == ["78"], done.stderr
+
+
 OVERWRITTEN = """
 import torch
 from theria.ops.triton.tiles import Tile
