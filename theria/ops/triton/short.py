@@ -70,15 +70,15 @@ def _launch(kernel: Any, name: str, frame: Frame, names: tuple[str, ...], rows: 
     pack = heads_of(tile, frame, grouped)
     tile = tile._replace(rows=min(tile.rows, power_of_two(frame.N)), keys=power_of_two(frame.M))
     tensors, strides, call, static = frame.describe(names, tile, grouped)
-    static = static_for(frame, static)
-    statics = ()
-    if kernel is second_short_kernel:  # what its second walk is compiled for, of half as many rows
+    static = second = static_for(frame, static)
+    if tile.split:  # its second walk takes half as many rows
         *_, second = frame.describe(names, tile._replace(rows=max(tile.rows // 2, LEAST)), grouped)
-        statics = (static_for(frame, second) if tile.split else static,)
+        second = static_for(frame, second)
+    walks = (second,) if kernel is second_short_kernel else ()
     flat = (1, 1, frame.heads) == (call.L1, call.L2, call.L3)
     one = tile.rows >= frame.N and not grouped
     programs = frame.heads // frame.lead[-1] if grouped else -(-frame.heads // pack)
-    args = (*tensors, *rows, strides, call, frame.heads, pack, flat, one, *statics)
+    args = (*tensors, *rows, strides, call, frame.heads, pack, flat, one, *walks)
     launch(kernel, programs, frame, args, static, tile)
 
 

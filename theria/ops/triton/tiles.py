@@ -20,7 +20,8 @@ from theria.ops.triton.tile_table import TABLE
 class Tile(NamedTuple):
     """Rows and keys of a tile, warps of a program, stages of its loads.
 
-    A program of a short kernel holds all keys of its heads; ``rows`` are those of all its heads together.
+    A program of a short kernel holds all keys of its heads; ``rows`` are those of all its heads together, and of the
+    first of its walks where it is split: the second one takes half of them.
     """
 
     rows: int
