@@ -170,10 +170,10 @@ class Smooth(nn.Module):
 
 @pytest.mark.usefixtures("uncompiled")
 def test_whatever_is_replaced_in_a_learner_is_followed() -> None:
-    model = nn.Sequential(nn.Flatten(-3), nn.Linear(64, 8), Smooth(), nn.Linear(8, WAYS)).double()
+    smooth = Smooth()
+    model = nn.Sequential(nn.Flatten(-3), nn.Linear(64, 8), smooth, nn.Linear(8, WAYS)).double()
     learner = MAML(model, cross_entropy, SGD(0.1), 2, Unrolled())
     step = CapturedStep(learner, compile=True)
-    smooth = learner.model[2]
 
     def change(what: str) -> None:
         match what:
@@ -190,7 +190,7 @@ def test_whatever_is_replaced_in_a_learner_is_followed() -> None:
             case "object":
                 smooth.shift = SimpleNamespace(by=0.5, also=[0.25])
             case "module":
-                learner.model[2] = nn.Sigmoid()
+                model[2] = nn.Sigmoid()
 
     last = None
     kinds = ("", "optimiser", "adjoint", "loss", "number of a module", "number of an object", "object", "module")
