@@ -43,6 +43,19 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "Fused", partial(Fused, compiler=as_traced))
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Fused]:
+    """Every step that is compiled from here on; pieces run as they were traced."""
+    steps: list[Fused] = []
+
+    def remember(*args: Any) -> Fused:
+        steps.append(Fused(*args, compiler=as_traced))
+        return steps[-1]
+
+    monkeypatch.setattr(compiled, "Fused", remember)
+    return steps
+
+
 def attention(backend: str) -> nn.Module:
     return TransformerClassifier(WAYS, image_size=8, patch=4, d_model=8, n_heads=2, n_layers=1, backend=backend)
 
@@ -116,14 +129,7 @@ def test_loss_and_gradients_are_those_of_the_learner(name: str) -> None:
 
 
 @pytest.mark.parametrize("adjoint", [Unrolled(), MixedMode()], ids=lambda x: type(x).__name__)
-def test_inner_steps_share_their_pieces(adjoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Fused] = []
-
-    def remember(*args: Any) -> Fused:
-        made.append(Fused(*args, compiler=as_traced))
-        return made[-1]
-
-    monkeypatch.setattr(compiled, "Fused", remember)
+def test_inner_steps_share_their_pieces(adjoint: Any, made: list[Fused]) -> None:
     for steps in (3, 5):
         learner = MAML(perceptron().double(), cross_entropy, SGD(0.1), steps, adjoint)
         CapturedStep(learner, compile=True)(episode(0))
@@ -203,15 +209,8 @@ def test_whatever_is_replaced_in_a_learner_is_followed() -> None:
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_nothing_new_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_new_is_compiled_once(name: str, made: list[Fused]) -> None:
     """An evaluation between two steps, and an optimiser of the same values in the place of another, are nothing new."""
-    made: list[Fused] = []
-
-    def remember(*args: Any) -> Fused:
-        made.append(Fused(*args, compiler=as_traced))
-        return made[-1]
-
-    monkeypatch.setattr(compiled, "Fused", remember)
     learner = make(name)
     step = CapturedStep(learner, compile=True)
     for seed in range(3):
@@ -224,7 +223,7 @@ def test_nothing_new_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch
     assert len(made) == 1
 
 
-def test_a_learner_that_counts_its_runs_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_learner_that_counts_its_runs_is_compiled_once(made: list[Fused]) -> None:
     class Counting(ProtoNet):
         runs = 0
 
@@ -232,13 +231,6 @@ def test_a_learner_that_counts_its_runs_is_compiled_once(monkeypatch: pytest.Mon
             self.runs += 1
             return super().forward(*given, **options)
 
-    made: list[Fused] = []
-
-    def remember(*args: Any) -> Fused:
-        made.append(Fused(*args, compiler=as_traced))
-        return made[-1]
-
-    monkeypatch.setattr(compiled, "Fused", remember)
     step = CapturedStep(Counting(embedding().double(), ways=WAYS), compile=True)
     for seed in range(3):
         step(episode(seed))

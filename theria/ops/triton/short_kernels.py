@@ -28,17 +28,24 @@ WGMMA_ROWS = tl.constexpr(64)  # what Hopper's matrix unit wants on the left
 
 
 @triton.jit
+def _with_unit_sums(p, total):
+    """P (2) from exp(S − lse) and the sums of its rows, 0 for a row that sees no key.
+
+    Σ P of a row is 1 up to the rounding of lse and of exp2; times what the keys of a row have in common in dP or tS,
+    this is what (6) and (13), where only differences count, would be off by. Where an additive mask is a large number
+    on all keys, lse has lost how many they are (:mod:`theria.ops.triton.row_sums`).
+    """
+    return p / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
 def _weights(q, k, lse, mask, strides, lead, head, row, call, PACK: constexpr, S: constexpr):
     """Pᵀ (2) of a block of rows; exactly 0 in rows that do not exist."""
     pivots = pivot(load_row(lse, head, row, float("inf"), call, PACK, S), S)
     x = scaled_scores(q, k, mask, strides, lead, row, call, PACK, S)
     p = probabilities(x, pivots, S)
     if S.NATURAL:
-        # Σ P of a row is 1 up to the rounding of lse and of exp2; times what the keys of a row have in common in dP or
-        # tS, this is what (6) and (13), where only differences count, would be off by. Where an additive mask is a
-        # large number on all keys, lse has lost how many they are (:mod:`theria.ops.triton.row_sums`).
-        total = row_sum(p)
-        return p / tl.where(total == 0.0, 1.0, total)
+        return _with_unit_sums(p, row_sum(p))
     else:
         return p
 
@@ -200,9 +207,8 @@ def _output_block(acc_v, k, v, tk, tv, q, do, tq, tdo, to, dv, lse, tau, mask, s
     pivots = pivot(tensors.load_row(at_row(lse, head, call), row, call.N, float("inf"), S.BLOCK_M, S.EVEN_N), S)
     x = softmax.scaled_scores(q, k, mask, strides, lead, row, 0, call, True, False, S)
     p = probabilities(x, pivots[:, None], S)
-    if S.NATURAL:  # as in _weights
-        total = tl.sum(p, 1)
-        p /= tl.where(total == 0.0, 1.0, total)[:, None]
+    if S.NATURAL:
+        p = _with_unit_sums(p, tl.sum(p, 1)[:, None])
     keep = dropout.keep_factor(_seed_of(seed, strides, lead), head, row, 0, call, S.BLOCK_M, S.BLOCK_N, False)
     out = None
     ts = product_with_transposed(q, tk, product_with_transposed(tq, k, None, S), S)
