@@ -54,10 +54,12 @@ def mask_scores(
             x = tl.where(tl.load(entries, mask=exists, other=0) != 0, x, float("-inf"))
     if S.CAUSAL or not S.EVEN_M:  # noqa: SIM102 - decided as it is compiled, the next as it runs
         if edge:
-            rows, cols = _positions(row, col, TRANSPOSED, S)
             if not S.EVEN_M:
+                _, cols = _positions(row, col, TRANSPOSED, S)
                 x = tl.where(cols < call.M, x, float("-inf"))
             if S.CAUSAL:
+                # (keys, rows): rows counted from the tile's first are constants of a thread, up to ten registers less
+                rows, cols = _positions(0, col - row, True, S) if TRANSPOSED else _positions(row, col, False, S)
                 x = tl.where(rows >= cols, x, float("-inf"))
     return x
 
