@@ -71,8 +71,8 @@ def _recorded(wanted: bool | str, learner: Learner, cuda: bool, say: Callable[[s
 def obstacle(learner: Learner) -> str | None:
     """Why steps of this learner cannot be one graph; None where nothing is known against it."""
     adjoint = getattr(learner, "adjoint", None)
-    if isinstance(adjoint, Implicit):
-        return "adjoint=implicit looks at the residuals of its solver"
+    if isinstance(adjoint, Implicit) and adjoint.throw:
+        return "adjoint=implicit looks at the residuals of its solver (with adjoint.iterations=5 it would not)"
     if isinstance(learner, IMAML) and learner.tol is not None:
         return "learner.tol looks at the inner gradient in each step"
     if isinstance(adjoint, meta.Higher):

@@ -23,6 +23,9 @@ UNWRITABLE |= {errno.ENAMETOOLONG, errno.ELOOP}
 # The settings that name such a folder.
 FOLDERS = ("run_dir", "hydra.run.dir", "hydra.sweep.dir")
 
+# Those that decide whether an implicit gradient can be solved for.
+SOLVER_SETTINGS = "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml, learner.strength"
+
 # What makes several runs, or runs them elsewhere.
 SWEEPS = ("hydra/launcher", "hydra/sweeper", "sweep")
 UNKNOWN_PLUGIN = "Unknown plugin class : 'hydra_plugins."  # Hydra's words for one that is not installed
@@ -136,8 +139,7 @@ def run(entry: Callable[[], None]) -> None:
     except SolverError as error:
         if verbose:
             raise
-        settings = "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml"
-        message, code = f"{error.reason}. The settings of adjoint=implicit: {settings}", UserError.exit_code
+        message, code = f"{error.reason}. The settings of adjoint=implicit: {SOLVER_SETTINGS}", UserError.exit_code
     except UnsupportedError as error:
         if verbose:
             raise

@@ -1,6 +1,7 @@
 """Is the meta-gradient sound, and does its second-order part matter?"""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from experiments.learners import Learner, attributes, takes_steps
 from theria import meta
 from theria.data import Episode
 from theria.meta.distributed import ALONE, Processes
+from theria.meta.implicit_adjoint import Implicit
+from theria.meta.solvers import SolverError
 
 
 def nonfinite_count(learner: nn.Module) -> int:
@@ -32,13 +35,31 @@ def layer_rates(learner: nn.Module) -> dict[str, float]:
     return {layer: float(torch.cat(rates).mean()) for layer, rates in layers.items()}
 
 
-def bad_task(learner: Learner, episode: Episode) -> int | None:
-    """The first task whose own loss or gradient is not finite; None when only their sum is not."""
-    for index in range(episode.query_y.shape[0]):
-        loss = learner(Episode(*(field[index : index + 1] for field in episode)))
-        grads = torch.autograd.grad(loss, _trainable(learner), allow_unused=True)
-        if not all(bool(value.isfinite().all()) for value in [loss, *grads] if value is not None):
-            return index
+class BadTask(NamedTuple):
+    """A task whose own loss or gradient is not finite.
+
+    Attributes:
+        index: its number.
+        reason: what its solver says, if it is the solver that failed; "" where nothing says why.
+    """
+
+    index: int
+    reason: str = ""
+
+
+def bad_task(learner: Learner, episode: Episode) -> BadTask | None:
+    """The first one; None when only the sum of the tasks is not finite."""
+    adjoint = getattr(learner, "adjoint", None)
+    loud = {"adjoint": replace(adjoint, throw=True)} if isinstance(adjoint, Implicit) else {}
+    with attributes(learner, **loud):
+        for index in range(episode.query_y.shape[0]):
+            try:
+                loss = learner(Episode(*(field[index : index + 1] for field in episode)))
+                grads = torch.autograd.grad(loss, _trainable(learner), allow_unused=True)
+            except SolverError as error:
+                return BadTask(index, error.reason)
+            if not all(bool(value.isfinite().all()) for value in [loss, *grads] if value is not None):
+                return BadTask(index)
     return None
 
 

@@ -29,7 +29,7 @@ from theria.meta.proto_maml import ProtoMAML
 from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2
 from theria.meta.reptile import Reptile
-from theria.meta.solvers import CG, MINRES, LinearSolver
+from theria.meta.solvers import CG, MINRES
 from theria.meta.truncated import Truncated
 from theria.meta.unicorn_maml import UnicornMAML
 from theria.nn import InContextClassifier, InContextRegressor, PrototypeTransformer
@@ -162,19 +162,21 @@ def build_adjoint(config: AdjointConfig) -> meta.Adjoint:
         case AdjointKind.truncated:
             return Truncated(config.steps)
         case AdjointKind.implicit:
-            return Implicit(_solver(config))
+            return _implicit(config)
         case AdjointKind.identity:
             return Identity(config.scale)
         case AdjointKind.higher:
             return meta.Higher()
 
 
-def _solver(config: AdjointConfig) -> LinearSolver:
+def _implicit(config: AdjointConfig) -> Implicit:
     kind = CG if config.solver is SolverKind.cg else MINRES
     tolerance = 1e-4  # what float32 can resolve
     if config.iterations is None:
-        return kind(rtol=tolerance)
-    return Inexact(kind(rtol=tolerance, max_iterations=config.iterations))
+        return Implicit(kind(rtol=tolerance))
+    # The host looks at nothing, so that a step can be one CUDA graph: where a solve fails the gradient is NaN, which
+    # the trainer sees, and `health.bad_task` says why.
+    return Implicit(Inexact(kind(rtol=tolerance, max_iterations=config.iterations, check_every=None)), throw=False)
 
 
 def _head_rates(learner: base.GradientLearner, inner: InnerConfig) -> base.GradientLearner:

@@ -15,7 +15,7 @@ from experiments import build, checkpoint, health, protocols, store
 from experiments.averaging import Average
 from experiments.capture import outer_step
 from experiments.config import Config, Schedule, TrainerConfig
-from experiments.errors import Interrupted, NonFiniteError
+from experiments.errors import SOLVER_SETTINGS, Interrupted, NonFiniteError
 from experiments.evaluation import Copies, Evaluation, evaluate, metric_name, task_metric
 from experiments.interrupt import SignalWatch
 from experiments.learners import Learner, set_epoch
@@ -220,20 +220,21 @@ class Trainer:
 
     def _stop_nonfinite(self, episode: Episode, loss: Tensor, norm: Tensor) -> None:
         task = self._bad_task(episode)
-        where = "no single task (only their sum)" if task is None else f"task {task}"
+        where = "no single task (only their sum)" if task is None else f"task {task.index}"
         what = f"loss {float(loss)}" if not bool(loss.isfinite()) else f"gradient norm {float(norm)}"
         self.parts.tracker.scalars(self.step, {"gradient/nonfinite": health.nonfinite_count(self.learner)})
         good = self.save() if self._finite() else self._last_good()
-        raise NonFiniteError(
-            f"step {self.step}, {where}: {what} is not finite; the parameters were not updated with it.\n"
-            f"{self._advice(good)}"
-        )
+        lines = [f"step {self.step}, {where}: {what} is not finite; the parameters were not updated with it."]
+        if task and task.reason:
+            lines.append(f"{task.reason}. The settings of adjoint=implicit: {SOLVER_SETTINGS}")
+        raise NonFiniteError("\n".join([*lines, self._advice(good)]))
 
-    def _bad_task(self, episode: Episode) -> int | None:
-        """The number of the first task that is not finite by itself, of all processes' tasks."""
+    def _bad_task(self, episode: Episode) -> health.BadTask | None:
+        """The first task that is not finite by itself, of all processes' tasks."""
         found = health.bad_task(self.learner, self.ranks.part(episode))
-        start = self.ranks.share(episode.query_y.shape[0]).start
-        return next((n for n in self.ranks.gather(None if found is None else start + found) if n is not None), None)
+        if found is not None:
+            found = found._replace(index=self.ranks.share(episode.query_y.shape[0]).start + found.index)
+        return next((task for task in self.ranks.gather(found) if task is not None), None)
 
     def _finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.parameters)

@@ -78,7 +78,10 @@ def test_a_step_that_changes_with_the_epoch_is_recorded_and_not_compiled(learner
         outer_step(False, learner, compile=True)
 
 
-@pytest.mark.parametrize("overrides", [[], ["adjoint=mixed_mode"], ["adjoint=truncated"], ["learner=reptile"]])
+IMAML = ["learner=imaml", "learner.tol=null", "adjoint=implicit", "adjoint.iterations=5"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["adjoint=mixed_mode"], ["adjoint=truncated"], ["learner=reptile"], IMAML])
 def test_nothing_is_against_the_plain_learners(learner_of, overrides):
     assert capture.obstacle(learner_of(*overrides)) is None
 
@@ -128,10 +131,13 @@ def test_a_wrong_value_is_refused(compose_config):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a CUDA device")
-def test_on_a_gpu_the_recorded_steps_reach_the_same_parameters(run_here, tmp_path):
+@pytest.mark.parametrize(
+    "overrides", [[], [*IMAML, "learner.adapt=[head]", "trainer.health_every=0"]], ids=["maml", "imaml"]
+)
+def test_on_a_gpu_the_recorded_steps_reach_the_same_parameters(run_here, tmp_path, overrides):
     """To rounding: cuBLAS may choose other kernels inside a graph."""
     for wanted in ("false", "true"):
-        run_here(tmp_path / wanted, f"trainer.capture={wanted}", "trainer.device=cuda")
+        run_here(tmp_path / wanted, f"trainer.capture={wanted}", "trainer.device=cuda", *overrides)
     plain, recorded = (state(tmp_path / wanted)["learner"] for wanted in ("false", "true"))
     for name, value in plain.items():
         torch.testing.assert_close(recorded[name], value, rtol=1e-4, atol=1e-5)

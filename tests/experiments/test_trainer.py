@@ -171,6 +171,13 @@ def test_after_a_nan_the_run_goes_on_from_the_last_good_step(run_here, tmp_path)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_solve_that_fails_names_task_and_reason(run_here, tmp_path):
+    """CG of five iterations, with which the host looks at no residual: the gradient is NaN, and it is told why."""
+    implicit = ["learner=imaml", "learner.tol=null", "adjoint=implicit", "adjoint.iterations=5"]
+    with pytest.raises(NonFiniteError, match=r"step 0, task \d: gradient norm nan.*\n.*indefinite.*learner\.strength"):
+        run_here(tmp_path, *implicit, "learner.strength=1e-6", "inner.steps=1", "trainer.health_every=0")
+
+
 def test_a_diverging_run_stops(run_here, tmp_path):
     with pytest.raises(NonFiniteError, match="is not finite"):
         run_here(tmp_path, "inner.lr=1e30")
