@@ -39,11 +39,11 @@ class BadTask(NamedTuple):
     """A task whose own loss or gradient is not finite.
 
     Attributes:
-        index: its number.
+        task: its number.
         reason: what its solver says, if it is the solver that failed; "" where nothing says why.
     """
 
-    index: int
+    task: int
     reason: str = ""
 
 

@@ -219,22 +219,22 @@ class Trainer:
         return {f"train/{metric_name(episode)}": float(torch.cat(values).mean())}
 
     def _stop_nonfinite(self, episode: Episode, loss: Tensor, norm: Tensor) -> None:
-        task = self._bad_task(episode)
-        where = "no single task (only their sum)" if task is None else f"task {task.index}"
+        bad = self._bad_task(episode)
+        where = "no single task (only their sum)" if bad is None else f"task {bad.task}"
         what = f"loss {float(loss)}" if not bool(loss.isfinite()) else f"gradient norm {float(norm)}"
         self.parts.tracker.scalars(self.step, {"gradient/nonfinite": health.nonfinite_count(self.learner)})
         good = self.save() if self._finite() else self._last_good()
         lines = [f"step {self.step}, {where}: {what} is not finite; the parameters were not updated with it."]
-        if task and task.reason:
-            lines.append(f"{task.reason}. The settings of adjoint=implicit: {SOLVER_SETTINGS}")
+        if bad and bad.reason:
+            lines.append(f"{bad.reason}. The settings of adjoint=implicit: {SOLVER_SETTINGS}")
         raise NonFiniteError("\n".join([*lines, self._advice(good)]))
 
     def _bad_task(self, episode: Episode) -> health.BadTask | None:
         """The first task that is not finite by itself, of all processes' tasks."""
         found = health.bad_task(self.learner, self.ranks.part(episode))
         if found is not None:
-            found = found._replace(index=self.ranks.share(episode.query_y.shape[0]).start + found.index)
-        return next((task for task in self.ranks.gather(found) if task is not None), None)
+            found = found._replace(task=self.ranks.share(episode.query_y.shape[0]).start + found.task)
+        return next((bad for bad in self.ranks.gather(found) if bad is not None), None)
 
     def _finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.parameters)
