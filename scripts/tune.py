@@ -41,7 +41,15 @@ WIDTHS = (64, 128, 32, 16, 256)
 # Sides of the outer block, which a program keeps, and of the inner one, which it walks over; warps
 # and stages. What never came near the best on an H200 is not here.
 BLOCKS = {
-    ("half", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 32, 4, 3)],
+    ("half", 64): [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+        (64, 32, 4, 3),
+        (128, 32, 8, 3),
+    ],
     ("half", 128): [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 4), (128, 128, 8, 2)],
     ("half", 256): [(64, 32, 4, 1), (64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1), (64, 16, 4, 2), (128, 16, 8, 2)],
     ("float", 64): [(64, 64, 4, 1), (64, 32, 4, 2), (64, 16, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (64, 64, 8, 1)],
@@ -82,6 +90,8 @@ def candidates(key: Key) -> list[Tile]:
         tiles += [tile._replace(held=True) for tile in tiles]
     if key.kind == "half" and key.width <= 64:
         tiles += [tile._replace(most=THREE) for tile in tiles if tile.warps == 4]
+    if key.causal and "dkv" in key.kernel:
+        tiles += [tile._replace(anchored=True) for tile in tiles]
     return tiles
 
 

@@ -19,7 +19,7 @@ from theria.ops.triton.parts import load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.row_sums import row_shares, with_shares
-from theria.ops.triton.softmax import probabilities, scaled_scores
+from theria.ops.triton.softmax import exponential, exponents
 from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
 
@@ -61,8 +61,8 @@ def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: conste
     tk = load_operand(tk, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
     v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
     tv = load_operand(tv, strides.tv, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 3, S)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
-    p = probabilities(x, pivots[:, None], S)
+    x = exponents(q, k, pivots[:, None], mask, strides, lead, row, col, call, edge, False, S)
+    p = exponential(x, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     u = log_tangent(q, tq, k, tk, tau[:, None], call, False, S)
     dp = drop(score_product(do, v, None, False, S), keep) - delta[:, None]
@@ -127,8 +127,8 @@ def _dkv_step(
     do = load_operand(do, strides.do, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 2, S)
     tdo = load_operand(tdo, strides.tdo, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 3, S)
     pivots, delta, tau, tdelta = load_stats(stats, head, row, call, S.BLOCK_M, True)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, True, S)
-    p = probabilities(x, pivots[None, :], S)
+    x = exponents(q, k, pivots[None, :], mask, strides, lead, row, col, call, edge, True, S)
+    p = exponential(x, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, True)
     u = log_tangent(q, tq, k, tk, tau[None, :], call, True, S)
     if DV:

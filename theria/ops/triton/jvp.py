@@ -14,7 +14,7 @@ from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import PADDING, new_stats, row_dot, store_stats
-from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
+from theria.ops.triton.softmax import exponential, exponents, pivot
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
 
@@ -27,8 +27,8 @@ def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: constexpr):
     of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
     k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
     tk = load_operand(tk, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
-    p = probabilities(x, pivots[:, None], S)
+    x = exponents(q, k, pivots[:, None], mask, strides, lead, row, col, call, edge, False, S)
+    p = exponential(x, S)
     ts = score_product(tq, k, None, False, S)
     ts = score_product(q, tk, ts, False, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)

@@ -18,7 +18,7 @@ from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.products import left_operand, product, rounded, score_product
 from theria.ops.triton.row_stats import PADDING, new_stats, row_dot, store_stats
-from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
+from theria.ops.triton.softmax import exponential, exponents, pivot
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import covers, kind, power_of_two, select
 
@@ -35,13 +35,13 @@ def _step(acc_o, acc_q, acc_p, tau, q, tq, do, tdo, pivots, delta, keys, common,
     # The products of scores come first: none waits for another, and P is computed beside them. With tdO the registers
     # do not hold all of them, and the matrix unit adds tdP to what it belongs to.
     FIRST: constexpr = tdo is None
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
+    x = exponents(q, k, pivots[:, None], mask, strides, lead, row, col, call, edge, False, S)
     ts = score_product(tq, k, None, False, S)
     ts = score_product(q, tk, ts, False, S)
     if FIRST:
         dp = score_product(do, v, None, False, S)
         tdp = score_product(do, tv, None, False, S)
-    p = probabilities(x, pivots[:, None], S)
+    p = exponential(x, S)
     weights = rounded(p, k, S)
     acc_p = product(weights, k, acc_p, S)
     if tv is not None:

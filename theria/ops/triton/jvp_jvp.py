@@ -13,7 +13,7 @@ from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import load_operand, score_product, weighted_sum
 from theria.ops.triton.row_sums import row_shares
-from theria.ops.triton.softmax import pivot, probabilities, scaled_scores
+from theria.ops.triton.softmax import exponential, exponents, pivot
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store
 from theria.ops.triton.tiles import select
 
@@ -77,8 +77,8 @@ def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common,
     tk1 = load_operand(tk1, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
     tk2 = load_operand(tk2, strides.tk2, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 2, S)
     ttk = load_operand(ttk, strides.ttk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 3, S)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
-    p = probabilities(x, pivots[:, None], S)
+    x = exponents(q, k, pivots[:, None], mask, strides, lead, row, col, call, edge, False, S)
+    p = exponential(x, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     u1 = _centred(tq1, k, q, tk1, tau1, call, S)
     u2 = _centred(tq2, k, q, tk2, tau2, call, S)

@@ -239,6 +239,7 @@ def _describe(
         ROW_D=_common_row([layout for layout in operands if layout[0] not in WIDE_E]),
         ROW_E=_common_row([layout for layout in operands if layout[0] in WIDE_E]),
         HELD=tile.held,
+        ANCHORED=tile.anchored,
         APART=tile.split,
         GROUPED=grouped,
     )

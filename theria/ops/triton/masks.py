@@ -58,8 +58,10 @@ def mask_scores(
                 _, cols = _positions(row, col, TRANSPOSED, S)
                 x = tl.where(cols < call.M, x, float("-inf"))
             if S.CAUSAL:
-                # (keys, rows): rows counted from the tile's first are constants of a thread, up to ten registers less
-                rows, cols = _positions(0, col - row, True, S) if TRANSPOSED else _positions(row, col, False, S)
+                # Only differences count. A thread has a few positions along the first dimension and many along the
+                # second: as constants of the loop (anchored) they are kept or made again, as the assembler likes.
+                shift = -row if S.ANCHORED else (row if TRANSPOSED else 0)
+                rows, cols = _positions(row + shift, col + shift, TRANSPOSED, S)
                 x = tl.where(rows >= cols, x, float("-inf"))
     return x
 

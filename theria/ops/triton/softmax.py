@@ -27,6 +27,25 @@ def scaled_scores(q, k, mask, strides, lead, row, col, call, edge, TRANSPOSED: c
 
 
 @triton.jit
+def exponents(q, k, pivots, mask, strides, lead, row, col, call, edge, TRANSPOSED: constexpr, S: constexpr):
+    """log P of the tile at (row, col) in the unit of :func:`pivot`, −inf where a row does not see a key.
+
+    Causality, the end of the keys and a boolean mask come last, whatever a branch does between a product and its pivot
+    would keep the two from being one multiply-add. What an additive mask adds belongs to the scores.
+
+    Args:
+        pivots: of the rows, which the caller broadcasts along them.
+    """
+    UNIT: constexpr = 1.0 if S.NATURAL else LOG2E
+    ADDITIVE: constexpr = mask is not None and mask.dtype.element_ty.is_floating()
+    if ADDITIVE:
+        return scaled_scores(q, k, mask, strides, lead, row, col, call, edge, TRANSPOSED, S) - pivots
+    else:
+        x = score_product(q, k, None, TRANSPOSED, S) * (call.scale * UNIT) - pivots
+        return mask_scores(x, mask, strides, lead, row, col, call, edge, UNIT, TRANSPOSED, S)
+
+
+@triton.jit
 def online_weights(top, q, k, mask, strides, lead, row, col, call, edge, S: constexpr):
     """exp S (1) of a tile relative to the maxima of its rows so far, in the unit of :func:`scaled_scores`.
 
@@ -69,7 +88,13 @@ def pivot(lse, S: constexpr):
 @triton.jit
 def probabilities(x, pivots, S: constexpr):
     """P (2) from :func:`scaled_scores` and :func:`pivot`, which the caller broadcasts along the rows."""
+    return exponential(x - pivots, S)
+
+
+@triton.jit
+def exponential(x, S: constexpr):
+    """P (2) from :func:`exponents`."""
     if S.NATURAL:
-        return tl.exp2((x - pivots) * LOG2E)
+        return tl.exp2(x * LOG2E)
     else:
-        return tl.exp2(x - pivots)
+        return tl.exp2(x)

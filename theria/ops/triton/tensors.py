@@ -85,6 +85,7 @@ class Static:
         ROW_D, ROW_E: the stride that all rows of width D, of width E have in common; 0 where there is none. As a
             constant it saves some thirty registers a thread.
         HELD: left operands that a loop does not change stay in registers.
+        ANCHORED: with causality, rows are counted from the tile's first (:mod:`theria.ops.triton.masks`).
         SPLIT: float32 operands are pairs of fp16 parts (:mod:`theria.ops.triton.products`).
         APART: a short kernel walks over the rows once for each of its two accumulators.
         GROUPED: sum the cotangents of keys and values over the last leading dimension (grouped queries).
@@ -105,6 +106,7 @@ class Static:
     ROW_D: int = 0
     ROW_E: int = 0
     HELD: bool = False
+    ANCHORED: bool = False
     SPLIT: bool = False
     APART: bool = False
     GROUPED: bool = False

@@ -31,6 +31,7 @@ class Tile(NamedTuple):
     split: bool = False  # what keys and values gather one after the other, in two launches or walks: fewer accumulators
     held: bool = False  # left operands that a loop does not change stay in registers (half precision)
     most: int = 0  # registers of a thread at most, so that a multiprocessor has room for more programs; 0 for any
+    anchored: bool = False  # with causality, rows are counted from the tile's first: more registers here, fewer there
 
 
 class Key(NamedTuple):

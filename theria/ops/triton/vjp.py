@@ -19,7 +19,7 @@ from theria.ops.triton.parts import load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.row_sums import row_shares, with_shares
-from theria.ops.triton.softmax import probabilities, scaled_scores
+from theria.ops.triton.softmax import exponential, exponents
 from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
 
@@ -32,9 +32,9 @@ def _dq_step(acc, rows, keys, common, row, col, edge, S: constexpr):
     of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
     k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
     v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, False, S)
+    x = exponents(q, k, pivots[:, None], mask, strides, lead, row, col, call, edge, False, S)
     dp = score_product(do, v, None, False, S)
-    p = probabilities(x, pivots[:, None], S)
+    p = exponential(x, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     ds = p * (drop(dp, keep) - delta[:, None])
     return weighted_sum(ds, k, acc, S)
@@ -74,8 +74,8 @@ def _dkv_step(
     q = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
     do = load_operand(do, strides.do, lead, row, call.N, S.BLOCK_M, "E", S.EVEN_N, of_rows, 2, S)
     pivots, delta = load_stats(stats, head, row, call, S.BLOCK_M, False)
-    x = scaled_scores(q, k, mask, strides, lead, row, col, call, edge, True, S)
-    p = probabilities(x, pivots[None, :], S)
+    x = exponents(q, k, pivots[None, :], mask, strides, lead, row, col, call, edge, True, S)
+    p = exponential(x, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, True)
     if DV:
         acc_v = weighted_sum(drop(p, keep), do, acc_v, S)
