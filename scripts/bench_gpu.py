@@ -90,6 +90,26 @@ def timed(run: Callable[[], Any], milliseconds: float) -> tuple[float, float, fl
     return tuple(times)
 
 
+def by_turns(first: Callable[[], Any], second: Callable[[], Any], pairs: int = 60) -> float:
+    """The time of the first over that of the second: the median over neighbours, the L2 cache cold.
+
+    What draws so much power runs at one of two clocks, some 10 % apart, for tenths of a second; neighbours share them.
+    """
+    cache = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    ratios = []
+    for _ in range(pairs):
+        marks = []
+        for run in (first, second):
+            cache.zero_()
+            marks += [start := torch.cuda.Event(enable_timing=True), end := torch.cuda.Event(enable_timing=True)]
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        ratios.append(marks[0].elapsed_time(marks[1]) / marks[2].elapsed_time(marks[3]))
+    return statistics.median(ratios)
+
+
 def measure(case: Case) -> dict[str, Any]:
     """Errors, then times."""
     row = name_of(case)
@@ -107,6 +127,8 @@ def measure(case: Case) -> dict[str, Any]:
     row |= {"tflops": NOMINAL[case.order] * case.unit / row["ms"] / 1e9, "held_bytes": held, "extra_bytes": memory.peak}
     if case.section == "short":
         row["graph_ms"] = replays(case, inputs)
+    if case.section == "forward over reverse":
+        row["of_double_backward"] = by_turns(work, prepare(case.candidate, "double backward", inputs, case.causal))
     return row
 
 
@@ -158,8 +180,15 @@ class Nothing(torch.autograd.Function):
         return ctx.saved_tensors
 
 
+CHAIN = 9  # calls of which each takes the output of the one before as its queries
+
+
 def host_cost(shape: Shape = (1, 1, 16, 16), calls: int = 200) -> dict[str, Any]:
-    """Microseconds of the host per call with gradients, forward and backward: theria, PyTorch's, `Nothing`."""
+    """Microseconds of the host per call with gradients, forward and backward: theria, PyTorch's, `Nothing`.
+
+    "chained" is what one more call adds to a graph, an eighth of what eight more do: a backward starts PyTorch's engine
+    and its thread once, however many calls there are.
+    """
     inputs = make_inputs(shape, BF16)
     x = [a.requires_grad_() for a in inputs.x]
 
@@ -177,12 +206,24 @@ def host_cost(shape: Shape = (1, 1, 16, 16), calls: int = 200) -> dict[str, Any]
     attend: dict[str, Callable[..., torch.Tensor]] = {
         "": partial(sdpa, backend="triton"), "pytorch_": scaled_dot_product_attention, "nothing_": Nothing.apply
     }  # fmt: skip
+
+    def chain(run: Callable[..., torch.Tensor], length: int) -> torch.Tensor:
+        out = x[0]
+        for _ in range(length):
+            out = run(out, *x[1:])
+        return out
+
+    def backward(run: Callable[..., torch.Tensor], length: int) -> float:
+        out = chain(run, length)
+        return per_call(lambda: torch.autograd.grad(out, x, inputs.do, retain_graph=True))
+
     for name, run in attend.items():
-        out = run(*x)
-        costs[f"{name}forward_us"] = per_call(partial(run, *x))
-        costs[f"{name}backward_us"] = per_call(
-            lambda out=out: torch.autograd.grad(out, x, inputs.do, retain_graph=True)
+        forward, back = (
+            [part(length) for length in (1, CHAIN)]
+            for part in (lambda n, run=run: per_call(partial(chain, run, n)), partial(backward, run))
         )
+        for way, (one, many) in (("forward", forward), ("backward", back)):
+            costs |= {f"{name}{way}_us": one, f"{name}chained_{way}_us": (many - one) / (CHAIN - 1)}
     return {"section": "host", "shape": list(shape)} | costs
 
 
@@ -218,12 +259,13 @@ def describe(row: dict[str, Any]) -> str:
         return f"{row['shape']}: {row['repeats']} repeats {'equal' if row['equal'] else 'DIFFER'}"
     if row["section"] == "host":
         return "; ".join(
-            f"{way} {row[f'{way}_us']:.0f} µs (PyTorch {row[f'pytorch_{way}_us']:.0f}, "
+            f"{way.replace('_', ' ')} {row[f'{way}_us']:.0f} µs (PyTorch {row[f'pytorch_{way}_us']:.0f}, "
             f"a Function that does nothing {row[f'nothing_{way}_us']:.0f})"
-            for way in ("forward", "backward")
+            for way in ("forward", "backward", "chained_forward", "chained_backward")
         )
-    graph = f", graph {row['graph_ms']:.3f}" if "graph_ms" in row else ""
-    return f"{row['candidate']} {row['ms']:.3f}{graph} ({row['tflops']:.0f} T, {row['error']:.0e})"
+    more = f", graph {row['graph_ms']:.3f}" if "graph_ms" in row else ""
+    more += f", {row['of_double_backward']:.3f} double backwards" if "of_double_backward" in row else ""
+    return f"{row['candidate']} {row['ms']:.3f}{more} ({row['tflops']:.0f} T, {row['error']:.0e})"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

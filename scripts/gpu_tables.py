@@ -53,7 +53,8 @@ class Figures:
         own = self.of("forward over reverse", "theria", shape, causal)
         backward = self.of("double backward", "theria", shape, causal)
         jvp, flash = (self.of("jvp", name, shape, causal) for name in ("theria", "jvp_flash_attention"))
-        return [rated(own), ratio(own, backward, 2), rated(jvp), rated(flash), ratio(flash, jvp, 1)]
+        by_turns = f"{own['of_double_backward']:.2f}" if "of_double_backward" in own else ratio(own, backward, 2)
+        return [rated(own), by_turns, rated(jvp), rated(flash), ratio(flash, jvp, 1)]
 
     def first_order(self, shape: list[int], causal: bool) -> list[str]:
         names = ("theria", "flash", "cudnn")
@@ -104,7 +105,8 @@ def cells_of(heading: str, cells: list[str], figures: Figures) -> list[str] | No
         return [cells[0], f"{row['of_outputs']:.2f}", f"{row['whole_bytes'] / 1e9:.2f} GB"]
     if heading == "Repeatability and the host":
         row, whose = figures.find("host"), HOST[cells[0]]
-        return [cells[0], *(f"{row[f'{whose}{way}_us']:.0f}" for way in ("forward", "backward"))]
+        ways = ("forward", "backward", "chained_forward", "chained_backward")
+        return [cells[0], *(f"{row[f'{whose}{way}_us']:.0f}" if f"{whose}{way}_us" in row else "" for way in ways)]
     return None
 
 
