@@ -90,26 +90,6 @@ def timed(run: Callable[[], Any], milliseconds: float) -> tuple[float, float, fl
     return tuple(times)
 
 
-def by_turns(first: Callable[[], Any], second: Callable[[], Any], pairs: int = 60) -> float:
-    """The time of the first over that of the second: the median over neighbours, the L2 cache cold.
-
-    What draws so much power runs at one of two clocks, some 10 % apart, for tenths of a second; neighbours share them.
-    """
-    cache = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    ratios = []
-    for _ in range(pairs):
-        marks = []
-        for run in (first, second):
-            cache.zero_()
-            marks += [start := torch.cuda.Event(enable_timing=True), end := torch.cuda.Event(enable_timing=True)]
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        ratios.append(marks[0].elapsed_time(marks[1]) / marks[2].elapsed_time(marks[3]))
-    return statistics.median(ratios)
-
-
 def measure(case: Case) -> dict[str, Any]:
     """Errors, then times."""
     row = name_of(case)
@@ -127,8 +107,6 @@ def measure(case: Case) -> dict[str, Any]:
     row |= {"tflops": NOMINAL[case.order] * case.unit / row["ms"] / 1e9, "held_bytes": held, "extra_bytes": memory.peak}
     if case.section == "short":
         row["graph_ms"] = replays(case, inputs)
-    if case.section == "forward over reverse":
-        row["of_double_backward"] = by_turns(work, prepare(case.candidate, "double backward", inputs, case.causal))
     return row
 
 
@@ -263,9 +241,8 @@ def describe(row: dict[str, Any]) -> str:
             f"a Function that does nothing {row[f'nothing_{way}_us']:.0f})"
             for way in ("forward", "backward", "chained_forward", "chained_backward")
         )
-    more = f", graph {row['graph_ms']:.3f}" if "graph_ms" in row else ""
-    more += f", {row['of_double_backward']:.3f} double backwards" if "of_double_backward" in row else ""
-    return f"{row['candidate']} {row['ms']:.3f}{more} ({row['tflops']:.0f} T, {row['error']:.0e})"
+    graph = f", graph {row['graph_ms']:.3f}" if "graph_ms" in row else ""
+    return f"{row['candidate']} {row['ms']:.3f}{graph} ({row['tflops']:.0f} T, {row['error']:.0e})"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -53,8 +53,7 @@ class Figures:
         own = self.of("forward over reverse", "theria", shape, causal)
         backward = self.of("double backward", "theria", shape, causal)
         jvp, flash = (self.of("jvp", name, shape, causal) for name in ("theria", "jvp_flash_attention"))
-        by_turns = f"{own['of_double_backward']:.2f}" if "of_double_backward" in own else ratio(own, backward, 2)
-        return [rated(own), by_turns, rated(jvp), rated(flash), ratio(flash, jvp, 1)]
+        return [rated(own), ratio(own, backward, 2), rated(jvp), rated(flash), ratio(flash, jvp, 1)]
 
     def first_order(self, shape: list[int], causal: bool) -> list[str]:
         names = ("theria", "flash", "cudnn")

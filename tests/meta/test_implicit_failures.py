@@ -158,6 +158,28 @@ def test_a_custom_solver_is_not_believed():
     assert flagged(torch.tensor([2.0, 2.9], dtype=torch.float64), a).result == Result.breakdown
 
 
+def test_inexact_takes_what_coarse_products_allow():
+    """Products of 11 bits, as TF32 has: the recursion reaches the tolerance, and the residual stays at their rounding."""
+    A, b = spd(1, 2), randn(N, seed=1)
+
+    def coarse(v: Tensor) -> Tensor:
+        return A @ (v * 2.0**11 / v.abs().max()).round() * v.abs().max() / 2.0**11
+
+    solver = CG(rtol=1e-6, max_iterations=20)
+    with pytest.raises(SolverError, match="breakdown"):
+        solver.solve(coarse, b)
+    for x0 in (None, randn(N, seed=2)):
+        solution = Inexact(solver).solve(coarse, b, x0)
+        assert 1e-6 * b.norm() < solution.residual < 1e-2 * b.norm()
+        close(solution.value, torch.linalg.solve(A, b), 1e-2)
+
+
+def test_inexact_does_not_take_what_diverges():
+    A, b = spd(1, 10), randn(N, seed=1)
+    with pytest.raises(SolverError, match="breakdown"):
+        Inexact(Neumann(scale=1.0, max_iterations=100)).solve(lambda v: A @ v, b)
+
+
 def test_inexact_takes_the_bound_of_iterations_and_nothing_else():
     A, b = spd(1, 10), randn(N, seed=1)
     inexact = linear_solve(lambda v, A: A @ v, b, A, solver=Inexact(CG(max_iterations=3)))

@@ -15,6 +15,7 @@ from theria.meta.implicit.rules import Rule, Selected, System, Theta
 from theria.meta.levels import carries_derivative, freeze
 from theria.meta.solvers import GMRES, LinearSolver, Result, Solution
 from theria.meta.solvers.base import check_solver
+from theria.meta.solvers.loop import norm
 from theria.meta.solvers.system import LinearMap
 
 
@@ -79,7 +80,9 @@ class Inexact(LinearSolver):
     """What a solver has after its bound of iterations, taken as the answer: a truncated series by choice.
 
     `Inexact(Neumann(max_iterations=K))` at a fixed point is the derivative through K more iterations there;
-    `Inexact(CG(max_iterations=5))` is what iMAML does. The residual says how far it is. Other failures stay failures.
+    `Inexact(CG(max_iterations=5))` is what iMAML does. The residual says how far it is. So it does where a recursion
+    ends before its bound and the products are too coarse for the tolerance (TF32, or a network in half precision): that
+    breakdown is an answer, too, if it is nearer than the start. Other failures stay failures.
     A derivative of the derivative is that of the exact inverse at the approximate value.
     """
 
@@ -90,7 +93,10 @@ class Inexact(LinearSolver):
 
     def solve(self, matvec: LinearMap, b: Tree, x0: Tree | None = None, *, throw: bool = True) -> Solution:
         solution = self.solver.solve(matvec, b, x0, throw=False)
+        start = b if x0 is None else pytree.tree_map(torch.sub, b, matvec(x0))
+        nearer = solution.residual < norm(torch.cat([x.detach().reshape(-1) for x in pytree.tree_leaves(start)]))
         stopped = solution.result == Result.max_iterations
+        stopped = stopped | ((solution.result == Result.breakdown) & nearer)
         result = torch.where(stopped, torch.full_like(solution.result, Result.converged), solution.result)
         solution = solution._replace(result=result)
         return solution.check() if throw else solution
