@@ -47,7 +47,12 @@ ROUNDING = 2.0**-24
 LOW = 300.0
 # Every row sees more than one key; see test_the_only_key_that_a_row_sees_moves_values_only.
 MOVING = [(s, causal) for s in SHAPES for causal in (False, True) if s[1] > 1 and not (causal and s[0] == 1)]
-SMALL = [Tile(16, 16, 1, 1), Tile(32, 16, 1, 1, split=True), Tile(16, 32, 1, 1, held=True)]
+SMALL = [
+    Tile(16, 16, 1, 1),
+    Tile(32, 16, 1, 1, split=True),
+    Tile(16, 32, 1, 1, held=True),
+    Tile(32, 16, 1, 1, anchored=True),
+]
 GUARD = 256  # elements; keeps the alignment
 
 Rule = Callable[..., tuple[Any, ...]]
@@ -397,7 +402,7 @@ def test_every_run_gives_the_same_bits():
     assert all(torch.equal(x, y) for x, y in zip(first[:3], second[:3], strict=True))
 
 
-@pytest.mark.parametrize("flag", ["held", "split"])
+@pytest.mark.parametrize("flag", ["held", "split", "anchored"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_how_a_tile_is_computed_changes_no_bit(dtype, flag):
     c = case(*random_call(33, 40, 24, 16, lead=(1,), dtype=dtype, is_causal=True))
