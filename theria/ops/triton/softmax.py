@@ -30,8 +30,8 @@ def scaled_scores(q, k, mask, strides, lead, row, col, call, edge, TRANSPOSED: c
 def exponents(q, k, pivots, mask, strides, lead, row, col, call, edge, TRANSPOSED: constexpr, S: constexpr):
     """log P of the tile at (row, col) in the unit of :func:`pivot`, −inf where a row does not see a key.
 
-    Causality, the end of the keys and a boolean mask come last, whatever a branch does between a product and its pivot
-    would keep the two from being one multiply-add. What an additive mask adds belongs to the scores.
+    Causality, the end of the keys and a boolean mask come last: a branch between a product and its pivot keeps the two
+    from being one multiply-add. What an additive mask adds belongs to the scores.
 
     Args:
         pivots: of the rows, which the caller broadcasts along them.
