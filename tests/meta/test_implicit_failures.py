@@ -159,7 +159,7 @@ def test_a_custom_solver_is_not_believed():
 
 
 def test_inexact_takes_what_coarse_products_allow():
-    """Products of 11 bits, as TF32 has: the recursion reaches the tolerance, and the residual stays at their rounding."""
+    """Products of 11 bits, as TF32 has: the recursion reaches the tolerance, the residual stays at their rounding."""
     A, b = spd(1, 2), randn(N, seed=1)
 
     def coarse(v: Tensor) -> Tensor:
