@@ -23,9 +23,6 @@ UNWRITABLE |= {errno.ENAMETOOLONG, errno.ELOOP}
 # The settings that name such a folder.
 FOLDERS = ("run_dir", "hydra.run.dir", "hydra.sweep.dir")
 
-# Those that decide whether an implicit gradient can be solved for.
-SOLVER_SETTINGS = "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml, learner.strength"
-
 # What makes several runs, or runs them elsewhere.
 SWEEPS = ("hydra/launcher", "hydra/sweeper", "sweep")
 UNKNOWN_PLUGIN = "Unknown plugin class : 'hydra_plugins."  # Hydra's words for one that is not installed
@@ -139,7 +136,7 @@ def run(entry: Callable[[], None]) -> None:
     except SolverError as error:
         if verbose:
             raise
-        message, code = f"{error.reason}. The settings of adjoint=implicit: {SOLVER_SETTINGS}", UserError.exit_code
+        message, code = unsolved(error.reason), UserError.exit_code
     except UnsupportedError as error:
         if verbose:
             raise
@@ -160,6 +157,12 @@ def run(entry: Callable[[], None]) -> None:
         return
     print(f"error: {message}" if code < 128 else message, file=sys.stderr)
     sys.exit(code)
+
+
+def unsolved(reason: str) -> str:
+    """Why an implicit gradient could not be solved for, with the settings that decide it."""
+    settings = "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml, learner.strength"
+    return f"{reason}. The settings of adjoint=implicit: {settings}"
 
 
 def explain(error: Exception) -> str:

@@ -15,7 +15,7 @@ from experiments import build, checkpoint, health, protocols, store
 from experiments.averaging import Average
 from experiments.capture import outer_step
 from experiments.config import Config, Schedule, TrainerConfig
-from experiments.errors import SOLVER_SETTINGS, Interrupted, NonFiniteError
+from experiments.errors import Interrupted, NonFiniteError, unsolved
 from experiments.evaluation import Copies, Evaluation, evaluate, metric_name, task_metric
 from experiments.interrupt import SignalWatch
 from experiments.learners import Learner, set_epoch
@@ -226,7 +226,7 @@ class Trainer:
         good = self.save() if self._finite() else self._last_good()
         lines = [f"step {self.step}, {where}: {what} is not finite; the parameters were not updated with it."]
         if bad and bad.reason:
-            lines.append(f"{bad.reason}. The settings of adjoint=implicit: {SOLVER_SETTINGS}")
+            lines.append(unsolved(bad.reason))
         raise NonFiniteError("\n".join([*lines, self._advice(good)]))
 
     def _bad_task(self, episode: Episode) -> health.BadTask | None:

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +191,16 @@ def host_cost(shape: Shape = (1, 1, 16, 16), calls: int = 200) -> dict[str, Any]
             out = run(out, *x[1:])
         return out
 
+    def forward(run: Callable[..., torch.Tensor], length: int) -> float:
+        return per_call(lambda: chain(run, length))
+
     def backward(run: Callable[..., torch.Tensor], length: int) -> float:
         out = chain(run, length)
         return per_call(lambda: torch.autograd.grad(out, x, inputs.do, retain_graph=True))
 
-    for name, run in attend.items():
-        forward, back = (
-            [part(length) for length in (1, CHAIN)]
-            for part in (lambda n, run=run: per_call(partial(chain, run, n)), partial(backward, run))
-        )
-        for way, (one, many) in (("forward", forward), ("backward", back)):
-            costs |= {f"{name}{way}_us": one, f"{name}chained_{way}_us": (many - one) / (CHAIN - 1)}
+    for (name, run), (way, cost) in product(attend.items(), (("forward", forward), ("backward", backward))):
+        one, many = (cost(run, length) for length in (1, CHAIN))
+        costs |= {f"{name}{way}_us": one, f"{name}chained_{way}_us": (many - one) / (CHAIN - 1)}
     return {"section": "host", "shape": list(shape)} | costs
 
 

@@ -105,7 +105,7 @@ def cells_of(heading: str, cells: list[str], figures: Figures) -> list[str] | No
     if heading == "Repeatability and the host":
         row, whose = figures.find("host"), HOST[cells[0]]
         ways = ("forward", "backward", "chained_forward", "chained_backward")
-        return [cells[0], *(f"{row[f'{whose}{way}_us']:.0f}" if f"{whose}{way}_us" in row else "" for way in ways)]
+        return [cells[0], *(f"{row[f'{whose}{way}_us']:.0f}" for way in ways)]
     return None
 
 

@@ -16,9 +16,13 @@ from theria.meta import ANIL, MAML, SGD, CapturedStep, FirstOrder, MixedMode, Un
 from theria.meta.cavia import CAVIA, FiLM
 from theria.meta.cuts import cut
 from theria.meta.fused import Fused
+from theria.meta.imaml import IMAML
+from theria.meta.implicit import Inexact
+from theria.meta.implicit_adjoint import Implicit
 from theria.meta.optimisers import Adam
 from theria.meta.protonet import ProtoNet
 from theria.meta.r2d2 import R2D2
+from theria.meta.solvers import CG
 from theria.meta.truncated import Truncated
 from theria.meta.unicorn_maml import UnicornMAML
 from theria.nn import MLP, TransformerClassifier
@@ -73,6 +77,8 @@ def embedding() -> nn.Module:
     return nn.Sequential(nn.Flatten(-3), MLP([64, 8, 6], activation=nn.Tanh))
 
 
+# Nothing in a step waits for what a solver has reached.
+FIVE_ITERATIONS = Implicit(Inexact(CG(max_iterations=5, check_every=None)), throw=False)
 LEARNERS = {
     "unrolled": lambda: MAML(transformer(), cross_entropy, SGD(0.1), 2, Unrolled()),
     "custom": lambda: MAML(attention("custom"), cross_entropy, SGD(0.1), 1, Unrolled()),
@@ -86,6 +92,7 @@ LEARNERS = {
     "chunks of tasks": lambda: MAML(perceptron(), cross_entropy, SGD(0.1), 2, Unrolled(), chunk_size=2),
     "anil": lambda: ANIL(transformer(), cross_entropy, SGD(0.1), steps=2, adjoint=Unrolled()),
     "cavia": lambda: CAVIA(FiLM(transformer(), 4), cross_entropy, 4, SGD(0.1), steps=2, adjoint=Unrolled()),
+    "implicit": lambda: IMAML(perceptron(), cross_entropy, SGD(0.1), 3, FIVE_ITERATIONS, tol=None),
     "protonet": lambda: ProtoNet(embedding(), cross_entropy, ways=WAYS),
     "r2d2": lambda: R2D2(embedding(), cross_entropy, ways=WAYS),
 }

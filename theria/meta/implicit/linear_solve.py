@@ -16,7 +16,7 @@ from theria.meta.levels import carries_derivative, freeze
 from theria.meta.solvers import GMRES, LinearSolver, Result, Solution
 from theria.meta.solvers.base import check_solver
 from theria.meta.solvers.loop import norm
-from theria.meta.solvers.system import LinearMap
+from theria.meta.solvers.system import LinearMap, Space, without_gradient
 
 
 def linear_solve(
@@ -93,10 +93,10 @@ class Inexact(LinearSolver):
 
     def solve(self, matvec: LinearMap, b: Tree, x0: Tree | None = None, *, throw: bool = True) -> Solution:
         solution = self.solver.solve(matvec, b, x0, throw=False)
+        b, x0 = without_gradient(b), without_gradient(x0)
         start = b if x0 is None else pytree.tree_map(torch.sub, b, matvec(x0))
-        nearer = solution.residual < norm(torch.cat([x.detach().reshape(-1) for x in pytree.tree_leaves(start)]))
-        stopped = solution.result == Result.max_iterations
-        stopped = stopped | ((solution.result == Result.breakdown) & nearer)
+        nearer = solution.residual < norm(Space.of(start, "b").ravel(start, "b"))
+        stopped = (solution.result == Result.max_iterations) | ((solution.result == Result.breakdown) & nearer)
         result = torch.where(stopped, torch.full_like(solution.result, Result.converged), solution.result)
         solution = solution._replace(result=result)
         return solution.check() if throw else solution
