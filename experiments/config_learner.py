@@ -65,7 +65,7 @@ class LearnerConfig:
     adapt: list[str] | None = None  # maml and its kin: modules or parameters that the inner steps move; null: all
     chunk_size: int | None = None  # tasks under one vmap; null: all of them
     strength: float = 2.0  # imaml: weight of the proximal term
-    tol: float | None = None  # imaml: how far the inner gradient has to fall, as a share; null: do not look
+    tol: float | None = 1.0  # imaml: the inner gradient after the steps, at most, as a share; null: do not look
     n_context: int = 20  # cavia: length of the context
     ridge: float = 1.0  # r2d2: where the learned regularisation begins
     epoch_steps: int = 500  # maml_plus_plus: outer steps in an epoch

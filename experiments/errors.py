@@ -161,7 +161,7 @@ def run(entry: Callable[[], None]) -> None:
 
 def unsolved(reason: str) -> str:
     """Why an implicit gradient could not be solved for, with the settings that decide it."""
-    settings = "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml, learner.strength"
+    settings = "adjoint.solver, adjoint.iterations, inner.lr, inner.steps, learner=imaml, learner.strength, learner.tol"
     return f"{reason}. The settings of adjoint=implicit: {settings}"
 
 

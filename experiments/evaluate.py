@@ -31,7 +31,7 @@ from experiments.config import (
 from experiments.evaluation import Copies, Evaluation, evaluate
 from experiments.learners import Learner, takes_steps
 from experiments.protocols import OneShot
-from experiments.trainer import memory_record
+from experiments.trainer import memory_record, peak_memory
 from theria.meta.distributed import ALONE, Processes
 from theria.testing.machine import machine
 
@@ -61,7 +61,7 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processe
         print(figures.text() + (build.chance(task_of(settings, run)) if isinstance(figures, Evaluation) else ""))
         record = {"checkpoint": str(path), "step": state["step"], **_tasks(settings, run)}
         record["inner_steps"] = run.inner.evaluated_steps if takes_steps(learner) else None
-        record |= {"seconds": round(time.monotonic() - begun, 1), **memory_record(build.device(run))}
+        record |= {"seconds": round(time.monotonic() - begun, 1), **memory_record(peak_memory(build.device(run)))}
         record |= {**figures.record(), "machine": machine()}
         print(f"written to {_write(run_dir, record)}")
     return figures

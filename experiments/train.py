@@ -126,7 +126,7 @@ def _report(trainer: Trainer, result: Evaluation, command: str) -> None:
     """results.json, the pictures, and the lines that end a run."""
     parts = trainer.parts
     record = {"command": command, "seed": parts.config.seed, "step": trainer.step}
-    record |= {"seconds": round(trainer.elapsed, 1), **memory_record(trainer.parameters[0].device)}
+    record |= {"seconds": round(trainer.elapsed, 1), **memory_record(trainer.peaks)}
     record |= {**result.record(), "machine": machine()}
     (parts.run_dir / "results.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if trainer.trainer.pictures:

@@ -71,6 +71,7 @@ class Trainer:
         self.step = 0  # outer steps done; also the state of the sampler, whose episodes are pure in the step
         self.validated = -1  # the last step that was validated
         self._before, self._begun = 0.0, time.monotonic()
+        self._peaks: dict[str, float] = {}  # of memory, before a resumption
         self._saved = (-1, self._begun)  # step of the newest checkpoint, and when it was written
         self._mark, self._tasks_per_second = (0, time.monotonic()), 0.0
         self.panels = Panels(parts)
@@ -87,6 +88,15 @@ class Trainer:
     def elapsed(self) -> float:
         """Seconds of training, those before a resumption included."""
         return self._before + time.monotonic() - self._begun
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """`peak_memory` of training, that before a resumption included."""
+        return {name: max(value, self._peaks.get(name, 0)) for name, value in peak_memory(self._device).items()}
+
+    @property
+    def _device(self) -> torch.device:
+        return self.parameters[0].device
 
     def save(self) -> Path:
         """Write a checkpoint; of several processes the first one does, and the others wait for it.
@@ -106,6 +116,7 @@ class Trainer:
         return {
             "step": self.step,
             "elapsed": self.elapsed,
+            "peaks": self.peaks,
             "learner": self.learner.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -119,7 +130,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         checkpoint.restore_rng(state["rng"])
         self.step, self._before, self.validated = state["step"], state["elapsed"], validated
-        self._begun = time.monotonic()
+        self._begun, self._peaks = time.monotonic(), state.get("peaks", {})  # older checkpoints have none
         self._mark = self._saved = (self.step, self._begun)
 
     # -------------------------------------------------------------------------------------------------------- loop
@@ -267,7 +278,7 @@ class Trainer:
             "system/tasks_per_second": self._tasks_per_second,
             "system/steps_per_second": self._tasks_per_second / self.config.task.tasks,
             "system/seconds": self.elapsed,
-            **peak_memory(self.parameters[0].device),
+            **self.peaks,
         }
         self.parts.tracker.scalars(self.step, values | self._panels())
 
@@ -333,6 +344,6 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return found
 
 
-def memory_record(device: torch.device) -> dict[str, int]:
+def memory_record(peaks: dict[str, float]) -> dict[str, int]:
     """`peak_memory` for results.json: by names without a group, whole MiB."""
-    return {name.split("/")[1]: round(value) for name, value in peak_memory(device).items()}
+    return {name.split("/")[1]: round(value) for name, value in peaks.items()}

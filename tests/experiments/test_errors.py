@@ -49,7 +49,7 @@ def test_a_path_that_would_be_misunderstood(monkeypatch, capsys, arguments, word
     ("error", "words"),
     [
         (UnsupportedError("backend 'triton' cannot compute this call: no GPU."), "'triton' cannot compute"),
-        (SolverError(Result.max_iterations, 0.1, 7), "adjoint.solver, adjoint.iterations, inner.steps, learner=imaml"),
+        (SolverError(Result.max_iterations, 0.1, 7), "adjoint.solver, adjoint.iterations, inner.lr, inner.steps"),
         (PermissionError(13, "Permission denied", "/runs/a"), "/runs/a: Permission denied"),
         (FileExistsError(17, "File exists", "a"), "a: File exists"),
         (NotADirectoryError(20, "Not a directory", "a/b"), "another run_dir"),

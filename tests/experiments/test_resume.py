@@ -1,5 +1,6 @@
 """Long runs: checkpoints by the clock, damaged ones, other machines, settings that are younger than the checkpoint."""
 
+import json
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import build, checkpoint, resume, store, tracking
+from experiments import build, checkpoint, resume, store, tracking, trainer
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
 
@@ -85,6 +86,22 @@ def test_every_nth_is_kept_for_good(run_here, tmp_path):
     assert steps_of(tmp_path) == [2, 4, 6, 7]
     with pytest.raises(UserError, match=r"trainer\.keep=3: needed is a multiple of trainer\.checkpoint_every=2"):
         run_here(tmp_path / "other", "trainer.checkpoint_every=2", "trainer.keep=3")
+
+
+def test_memory_is_the_peak_of_all_parts_of_a_run(run_here, tmp_path, monkeypatch):
+    """The first part takes 900 MiB of a device and the second one 300, of more of the machine's own memory."""
+    whole, device = "system/peak_memory_mb", "system/peak_cuda_memory_mb"
+    monkeypatch.setattr(trainer, "peak_memory", lambda _: {whole: 100.0, device: 900.0})
+    run_here(tmp_path, *SLOW, "trainer.steps=2")
+    monkeypatch.setattr(trainer, "peak_memory", lambda _: {whole: 200.0, device: 300.0})
+    run_here(tmp_path, *SLOW, "trainer.steps=4", "trainer.resume=true")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["peak_memory_mb"], results["peak_cuda_memory_mb"]) == (200, 900)
+    older = torch.load(checkpoint.saved(tmp_path)[-1], weights_only=True)
+    del older["peaks"]  # as those written before it was kept
+    torch.save(older, checkpoint.saved(tmp_path)[-1])
+    run_here(tmp_path, *SLOW, "trainer.steps=4", "trainer.resume=true")
+    assert json.loads((tmp_path / "results.json").read_text())["peak_cuda_memory_mb"] == 300
 
 
 # ---------------------------------------------------------------------------------------------------------- damaged

@@ -173,9 +173,11 @@ def test_after_a_nan_the_run_goes_on_from_the_last_good_step(run_here, tmp_path)
 
 def test_a_solve_that_fails_names_task_and_reason(run_here, tmp_path):
     """CG of five iterations, with which the host looks at no residual: the gradient is NaN, and it is told why."""
-    implicit = ["learner=imaml", "learner.tol=null", "adjoint=implicit", "adjoint.iterations=5"]
+    implicit = ["learner=imaml", "adjoint=implicit", "adjoint.iterations=5", "trainer.health_every=0"]
     with pytest.raises(NonFiniteError, match=r"step 0, task \d: gradient norm nan.*\n.*indefinite.*learner\.strength"):
-        run_here(tmp_path, *implicit, "learner.strength=1e-6", "inner.steps=1", "trainer.health_every=0")
+        run_here(tmp_path / "flat", *implicit, "learner.tol=null", "learner.strength=1e-6", "inner.steps=1")
+    with pytest.raises(NonFiniteError, match=r"step 0, task \d: loss nan.*\n.* tol=1: .*another inner rate.*inner\.lr"):
+        run_here(tmp_path / "diverging", *implicit, "inner.lr=10", "inner.steps=30")
 
 
 def test_a_diverging_run_stops(run_here, tmp_path):

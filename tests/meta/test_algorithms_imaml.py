@@ -4,6 +4,7 @@ On L(theta, c) = theta' A theta / 2 - c' theta: phi* = (A + s I)^-1 (c + s theta
 """
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -204,6 +205,32 @@ def test_an_inner_problem_that_is_not_solved_is_an_error(classes: tuple[Tensor, 
     diverging = IMAML(network(), cross_entropy, SGD(50.0), 300, strength=2.0)
     with pytest.raises(RuntimeError, match=r"is (nan|inf|\d)"):
         diverging(classes)
+
+
+def test_without_throw_a_task_that_is_not_solved_is_nan_and_no_other(A: Tensor, quadratics: tuple[Tensor, ...]) -> None:
+    """One step of gradient descent leaves I - rate (A + s I) of a gradient: here too much of one task's, not of all."""
+    theta = torch.randn(N, dtype=torch.float64)
+    silent = quadratic_learner(A, {"theta": theta}, Implicit(TIGHT, throw=False), steps=1, tol=None)
+    ratios = silent.stationarity(quadratics)
+    silent.tol = float(ratios.sort().values[1:].mean())  # between the worst and the others
+    for index in range(3):
+        task = tuple(field[index : index + 1] for field in quadratics)
+        silent.zero_grad()
+        loss = silent(task)
+        loss.backward()
+        exact = quadratic_learner(A, {"theta": theta}, Implicit(TIGHT), steps=1, tol=None)
+        expected = exact(task)
+        expected.backward()
+        solved = bool(ratios[index] <= silent.tol)
+        assert solved == (index != int(ratios.argmax()))
+        factor = 1.0 if solved else math.nan
+        torch.testing.assert_close(loss, factor * expected, equal_nan=True)
+        gradients = silent.params["theta"].grad, exact.params["theta"].grad
+        torch.testing.assert_close(gradients[0], factor * gradients[1], equal_nan=True)
+    loud = quadratic_learner(A, {"theta": theta}, Implicit(TIGHT), steps=1, tol=silent.tol)
+    with pytest.raises(SolverError, match="after 1 inner steps") as caught:
+        loud(quadratics)
+    assert caught.value.residual == pytest.approx(float(ratios.max()))
 
 
 def test_negative_curvature_is_a_solver_error_with_advice() -> None:

@@ -92,7 +92,7 @@ LEARNERS = {
     "chunks of tasks": lambda: MAML(perceptron(), cross_entropy, SGD(0.1), 2, Unrolled(), chunk_size=2),
     "anil": lambda: ANIL(transformer(), cross_entropy, SGD(0.1), steps=2, adjoint=Unrolled()),
     "cavia": lambda: CAVIA(FiLM(transformer(), 4), cross_entropy, 4, SGD(0.1), steps=2, adjoint=Unrolled()),
-    "implicit": lambda: IMAML(perceptron(), cross_entropy, SGD(0.1), 3, FIVE_ITERATIONS, tol=None),
+    "implicit": lambda: IMAML(perceptron(), cross_entropy, SGD(0.1), 3, FIVE_ITERATIONS, tol=1.0),
     "protonet": lambda: ProtoNet(embedding(), cross_entropy, ways=WAYS),
     "r2d2": lambda: R2D2(embedding(), cross_entropy, ways=WAYS),
 }

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from theria.meta.adjoint import Adjoint
 from theria.meta.implicit_adjoint import Identity, Implicit
+from theria.meta.solvers import Result, SolverError
 from theria.meta.solvers.loop import readable
 from theria.meta.values import check_optimiser, check_value
 
@@ -99,17 +100,30 @@ class CountOrNone(Count):
         vars(of)[self.name] = value if value is None else check_count(self.name, value)
 
 
-def check_stationary(ratio: Tensor, tol: float, steps: int) -> None:
-    """The inner problem is solved to `tol`. Synchronises with the device once; under torch.compile nothing looks."""
-    if torch.compiler.is_compiling():
-        return
-    worst = readable(ratio).max().item()
-    if not worst <= tol:  # NaN too
-        raise RuntimeError(
-            f"after {steps} inner steps the gradient of the inner problem is {worst:.2g} of what it was at the start "
+class StationarityError(SolverError):
+    """The inner steps of iMAML did not reach the minimum; `residual` is the gradient there as a share of the first."""
+
+    def __init__(self, ratio: float, tol: float, steps: int) -> None:
+        super().__init__(Result.max_iterations, ratio, steps)
+        self.reason = (
+            f"after {steps} inner steps the gradient of the inner problem is {ratio:.2g} of what it was at the start "
             f"(worst task), and tol={tol:g}: the implicit derivative belongs to the minimum, not to this point. Take "
             f"more steps, another inner rate or optimiser, or a larger strength; a larger tol, or None, accepts it"
         )
+        self.args = (self.reason,)
+
+
+def check_stationary(ratio: Tensor, tol: float, steps: int) -> None:
+    """The inner problem is solved to `tol`. Synchronises with the device once; under torch.compile nothing looks.
+
+    Raises:
+        StationarityError: it is not; NaN is not, either.
+    """
+    if torch.compiler.is_compiling():
+        return
+    worst = readable(ratio).max().item()
+    if not worst <= tol:
+        raise StationarityError(worst, tol, steps)
 
 
 def check_epochs(**epochs: int) -> None:

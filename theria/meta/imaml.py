@@ -1,5 +1,6 @@
 """iMAML: meta-learning with implicit gradients (Rajeswaran et al. 2019, arXiv 1909.04630)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from theria.meta.adjoint import Adjoint, Context, InnerLoss
 from theria.meta.checks import Adapt, check_positive, check_stationary
 from theria.meta.constant import constant, plain_gradient
 from theria.meta.functional import Predictor
-from theria.meta.implicit_adjoint import Implicit
+from theria.meta.implicit_adjoint import Identity, Implicit
 from theria.meta.learner import GradientLearner, LossFn
 from theria.meta.optimisers import SGD, InnerOptimiser, Params
 
@@ -36,14 +37,17 @@ class IMAML(GradientLearner):
         strength: lambda of the paper, which takes 2.
         adjoint: default `Implicit()`, with CG; the paper's five iterations, whatever their residual, are
             `Implicit(Inexact(CG(max_iterations=5)))`. Any other differentiates in its own way, of the same problem.
-        tol: largest norm of the gradient of G at phi_T, relative to that at theta. None does not look, which saves two
-            gradients and a synchronisation with the device in each outer step; `stationarity` looks when asked. A
-            network with kinks (ReLU behind BatchNorm) may settle where its gradient does not vanish: it needs None.
+        tol: largest norm of the gradient of G at phi_T, relative to that at theta. The outer gradient knows nothing of
+            the inner steps, so that training itself can make them diverge (features that grow raise |H|): 1 says no
+            more than that they did not. With an adjoint whose `throw` is False the host looks at nothing: the loss and
+            the gradient of a task above `tol` are NaN. None does not look, which saves two gradients and, with
+            `throw`, a synchronisation with the device in each outer step; `stationarity` looks when asked. A network
+            with kinks (ReLU behind BatchNorm) may settle where its gradient does not vanish: it needs 1 or None.
     The others: see `MAML`.
 
     Raises:
-        RuntimeError: by an outer loss, when the inner steps end farther from the minimum than `tol`.
-        SolverError: by the backward, when the linear solve fails.
+        SolverError: by an outer loss, when the inner steps end farther from the minimum than `tol`; by the backward,
+            when the linear solve fails.
     """
 
     def __init__(
@@ -89,9 +93,14 @@ class IMAML(GradientLearner):
 
     def _task_loss(self, meta_params: Mapping[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         adapted = self._adapt(meta_params, sx, sy, self.steps)
-        if self.tol is not None:
-            check_stationary(self._stationarity(meta_params, adapted, sx, sy), self.tol, self.steps)
-        return self._query_loss(meta_params, adapted, qx, qy)
+        loss = self._query_loss(meta_params, adapted, qx, qy)
+        if self.tol is None:
+            return loss
+        ratio = self._stationarity(meta_params, adapted, sx, sy)
+        if isinstance(self.adjoint, Implicit | Identity) and not self.adjoint.throw:
+            return loss * torch.where(ratio <= self.tol, 1.0, math.nan)
+        check_stationary(ratio, self.tol, self.steps)
+        return loss
 
     def _stationarity(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor, y: Tensor) -> Tensor:
         theta, fixed, x, adapted = constant((*self._split(meta_params), x, adapted))
