@@ -19,6 +19,7 @@ from theria.ops.triton.parts import load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.row_sums import row_shares, with_shares
+from theria.ops.triton.shifts import common_part, with_row_sums, without
 from theria.ops.triton.softmax import exponential, exponents
 from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
@@ -51,14 +52,14 @@ def score_tangent(p, dp, u, do, tdo, v, tv, tdelta, keep, TRANSPOSED: constexpr,
 
 
 @triton.jit
-def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: constexpr):
-    """One tile of keys: adds tdS K + dS tK."""
+def _dq_step(acc, sums, tsums, q, tq, do, tdo, stats, keys, common, row, col, edge, S: constexpr):
+    """One tile of keys: adds tdS K + dS tK, and the sums of the rows of dS, with tK, and of tdS."""
     pivots, delta, tau, tdelta = stats
-    k, tk, v, tv, key_factors = keys
+    k_head, tk_head, v, tv, key_factors = keys
     mask, seed, strides, head, lead, call = common
     of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
-    k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
-    tk = load_operand(tk, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
+    k = load_operand(k_head, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+    tk = load_operand(tk_head, strides.tk, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 1, S)
     v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
     tv = load_operand(tv, strides.tv, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 3, S)
     x = exponents(q, k, pivots[:, None], mask, strides, lead, row, col, call, edge, False, S)
@@ -67,10 +68,13 @@ def _dq_step(acc, q, tq, do, tdo, stats, keys, common, row, col, edge, S: conste
     u = log_tangent(q, tq, k, tk, tau[:, None], call, False, S)
     dp = drop(score_product(do, v, None, False, S), keep) - delta[:, None]
     if tk is not None:
-        acc = weighted_sum(p * dp, tk, acc, S)
+        ds = p * dp
+        sums = with_row_sums(sums, ds, tk_head)
+        acc = weighted_sum(ds, tk, acc, S)
     tds = score_tangent(p, dp, u, do, tdo, v, tv, tdelta[:, None], keep, False, S)
+    tsums = with_row_sums(tsums, tds, k_head)
     acc = weighted_sum(tds, k, acc, S)
-    return acc
+    return acc, sums, tsums
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
@@ -95,9 +99,15 @@ def hvp_dq_kernel(
     keys = (k, tk, v, tv, key_factors)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
+    sums = tl.zeros((S.BLOCK_M,), tl.float32)
+    tsums = tl.zeros((S.BLOCK_M,), tl.float32)
     plain, end = key_range(row, call, S)
     for col in range(0, end, S.BLOCK_N):
-        acc = _dq_step(acc, q_tile, tq_tile, do_tile, tdo_tile, stats, keys, common, row, col, col >= plain, S)
+        acc, sums, tsums = _dq_step(acc, sums, tsums, q_tile, tq_tile, do_tile, tdo_tile, stats, keys, common,
+                                    row, col, col >= plain, S)  # fmt: skip
+    where = (mask, strides.mask, lead, row, call)
+    acc = without(acc, sums, common_part(tk, strides.tk, where, S.BLOCK_N, S))
+    acc = without(acc, tsums, common_part(k, strides.k, where, S.BLOCK_N, S))
     store(at(dq, strides.dq, lead, S.VEC), acc * call.scale, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, S)
 
 

@@ -14,14 +14,15 @@ from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import PADDING, new_stats, row_dot, store_stats
+from theria.ops.triton.shifts import row_shift, shifted, total
 from theria.ops.triton.softmax import exponential, exponents, pivot
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
 
 
 @triton.jit
-def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: constexpr):
-    """One tile of keys: adds to (P̃∘tS)V + P̃tV and to tau."""
+def _step(acc, tau, q, tq, pivots, shift, keys, common, row, col, edge, S: constexpr):
+    """One tile of keys: adds to (P̃∘tS)V + P̃tV and to tau, where tS is less the shift of its row."""
     k, v, tk, tv, key_factors = keys
     mask, seed, strides, head, lead, call = common
     of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
@@ -33,7 +34,7 @@ def _step(acc, tau, q, tq, pivots, keys, common, row, col, edge, S: constexpr):
     ts = score_product(q, tk, ts, False, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     if ts is not None:
-        w = p * (ts * call.scale)
+        w = p * shifted(ts, shift, call)
         tau += tl.sum(w, 1)
         v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
         acc = weighted_sum(drop(w, keep), v, acc, S)
@@ -54,7 +55,12 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, do, tdo, lse, tau, stats,
     of_rows = load_factors(row_factors, head, row, call.N, S.BLOCK_M)
     q_tile = load_operand(q, strides.q, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 0, S)
     tq_tile = load_operand(tq, strides.tq, lead, row, call.N, S.BLOCK_M, "D", S.EVEN_N, of_rows, 1, S)
-    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), S)
+    lse_row = load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
+    pivots = pivot(lse_row, S)
+    where = (mask, strides.mask, lead, row, call)
+    shift = row_shift(q_tile, tq_tile, k, tk, strides.k, strides.tk, where, S)
+    if mask is not None and shift is not None:  # tau is 0 where a row sees no key
+        shift = tl.where(lse_row == float("-inf"), 0.0, shift)
     q_tile = left_operand(q_tile, S)
     tq_tile = left_operand(tq_tile, S)
     keys = (k, v, tk, tv, key_factors)
@@ -63,16 +69,17 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, do, tdo, lse, tau, stats,
     sums = tl.zeros((S.BLOCK_M,), tl.float32)
     plain, end = key_range(row, call, S)
     for col in range(0, end, S.BLOCK_N):
-        acc, sums = _step(acc, sums, q_tile, tq_tile, pivots, keys, common, row, col, col >= plain, S)
+        acc, sums = _step(acc, sums, q_tile, tq_tile, pivots, shift, keys, common, row, col, col >= plain, S)
     o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     if tq is not None or tk is not None:
         acc -= sums[:, None] * o_tile.to(tl.float32)
+        sums = total(sums, shift)
     store(at(to, strides.to, lead, S.VEC), acc, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
     store_row(at_row(tau, head, call), sums, row, call.N, S.BLOCK_M, S.EVEN_N)
     if stats is not None:
         do = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
         tdo = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
-        tdelta = row_dot(do, acc.to(o_tile.dtype)) + row_dot(tdo, o_tile)
+        tdelta = row_dot(do, acc) + row_dot(tdo, o_tile)
         store_stats(stats, pivots, row_dot(do, o_tile), sums, tdelta, head, row, call, S)
 
 

@@ -18,16 +18,18 @@ from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.products import left_operand, product, rounded, score_product
 from theria.ops.triton.row_stats import PADDING, new_stats, row_dot, store_stats
+from theria.ops.triton.shifts import FEW, common_part, row_shift, shifted, total, without
 from theria.ops.triton.softmax import exponential, exponents, pivot
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import covers, kind, power_of_two, select
 
 
 @triton.jit
-def _step(acc_o, acc_q, acc_p, tau, q, tq, do, tdo, pivots, delta, keys, common, row, col, edge, S: constexpr):
-    """One tile of keys: adds (P∘tS)V + P tV, W K + dS tK, P K and rowsum(P∘tS)."""
+def _step(acc_o, acc_q, acc_p, sums, q, tq, do, tdo, pivots, delta, shift, keys, common, row, col, edge, S: constexpr):
+    """One tile of keys: adds (P∘tS)V + P tV, W K + dS tK, P K and the sums of the rows of P∘tS, dS and, with tdO, W."""
     k, tk, v, tv = keys
     mask, strides, lead, call = common
+    tau, missing, tdelta = sums
     k = load(at(k, strides.k, lead, S.VEC), col, call.M, strides.k, S.BLOCK_N, "D", S.EVEN_M, S)
     tk = load(at(tk, strides.tk, lead, S.VEC), col, call.M, strides.tk, S.BLOCK_N, "D", S.EVEN_M, S)
     v = load(at(v, strides.v, lead, S.VEC), col, call.M, strides.v, S.BLOCK_N, "E", S.EVEN_M, S)
@@ -47,7 +49,7 @@ def _step(acc_o, acc_q, acc_p, tau, q, tq, do, tdo, pivots, delta, keys, common,
     if tv is not None:
         acc_o = product(weights, tv, acc_o, S)
     if ts is not None:
-        ts = ts * call.scale
+        ts = shifted(ts, shift, call)
         u = p * ts
         tau += tl.sum(u, 1)
         acc_o = product(rounded(u, v, S), v, acc_o, S)
@@ -55,7 +57,9 @@ def _step(acc_o, acc_q, acc_p, tau, q, tq, do, tdo, pivots, delta, keys, common,
         dp = score_product(do, v, None, False, S)
     dp = dp - delta[:, None]
     if tk is not None:
-        acc_q = product(rounded(p * dp, k, S), tk, acc_q, S)
+        ds = p * dp
+        missing += tl.sum(ds, 1)
+        acc_q = product(rounded(ds, k, S), tk, acc_q, S)
     w = None if ts is None else ts * dp
     if FIRST:
         if tdp is not None:
@@ -63,12 +67,15 @@ def _step(acc_o, acc_q, acc_p, tau, q, tq, do, tdo, pivots, delta, keys, common,
     else:
         w = score_product(do, tv, w, False, S)
         w = score_product(tdo, v, w, False, S)
-    acc_q = product(rounded(p * w, k, S), k, acc_q, S)
-    return acc_o, acc_q, acc_p, tau
+    w = p * w
+    if tdo is not None:
+        tdelta += tl.sum(w, 1)
+    acc_q = product(rounded(w, k, S), k, acc_q, S)
+    return acc_o, acc_q, acc_p, (tau, missing, tdelta)
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
-def jvp_dq_kernel(q, k, v, mask, o, do, vjp_dq, tq, tk, tv, tdo, to, dq, lse, tau, stats, strides, call,
+def jvp_dq_kernel(q, k, v, mask, o, do, vjp_dq, tq, tk, tv, tdo, to, dq, lse, tau_out, stats, strides, call,
                   S: constexpr):  # fmt: skip
     """``to`` (*L, N, E), ``tau`` (*L, N), ``dq`` (*L, N, D) and the packed statistics of one block of rows."""
     head, row = own_rows(call, S)
@@ -78,33 +85,42 @@ def jvp_dq_kernel(q, k, v, mask, o, do, vjp_dq, tq, tk, tv, tdo, to, dq, lse, ta
     o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     do_tile = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
     tdo_tile = load(at(tdo, strides.tdo, lead, S.VEC), row, call.N, strides.tdo, S.BLOCK_M, "E", S.EVEN_N, S)
-    pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), S)
+    lse_row = load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
+    pivots = pivot(lse_row, S)
     delta = row_dot(do_tile, o_tile)
-    tdelta = row_dot(tdo_tile, o_tile)
+    where = (mask, strides.mask, lead, row, call)
+    shift = row_shift(q_tile, tq_tile, k, tk, strides.k, strides.tk, where, S)
+    if mask is not None and shift is not None:  # tau is 0 where a row sees no key
+        shift = tl.where(lse_row == float("-inf"), 0.0, shift)
     q_tile = left_operand(q_tile, S)
     keys, common = (k, tk, v, tv), (mask, strides, lead, call)
     acc_o = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)
     acc_q = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
     acc_p = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
-    sums = tl.zeros((S.BLOCK_M,), tl.float32)
+    zero = tl.zeros((S.BLOCK_M,), tl.float32)
+    sums = (zero, zero, zero)
     plain, end = key_range(row, call, S)
     for col in range(0, end, S.BLOCK_N):
         acc_o, acc_q, acc_p, sums = _step(acc_o, acc_q, acc_p, sums, q_tile, tq_tile, do_tile, tdo_tile, pivots, delta,
-                                          keys, common, row, col, col >= plain, S)  # fmt: skip
+                                          shift, keys, common, row, col, col >= plain, S)  # fmt: skip
+    tau, missing, tdelta = sums  # tau less the shift
     # O and dO are read again: kept until here they would take the registers of the loop
     o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     do_tile = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
-    acc_o -= sums[:, None] * o_tile.to(tl.float32)
+    acc_o -= tau[:, None] * o_tile.to(tl.float32)
     store(at(to, strides.to, lead, S.VEC), acc_o, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
-    store_row(at_row(tau, head, call), sums, row, call.N, S.BLOCK_M, S.EVEN_N)
-    tdelta += row_dot(do_tile, acc_o.to(do_tile.dtype))
-    acc_q = (acc_q - tdelta[:, None] * acc_p) * call.scale
+    if tdo is None:
+        tdelta = row_dot(do_tile, acc_o)
+    acc_q -= tdelta[:, None] * acc_p
+    acc_q = without(acc_q, missing, common_part(tk, strides.tk, where, FEW, S)) * call.scale
     vjp_dq = load(at(vjp_dq, strides.vjp_dq, lead, S.VEC), row, call.N, strides.vjp_dq, S.BLOCK_M, "D", S.EVEN_N, S)
     if vjp_dq is not None:
-        acc_q -= sums[:, None] * vjp_dq.to(tl.float32)
+        acc_q -= tau[:, None] * vjp_dq.to(tl.float32)
     store(at(dq, strides.dq, lead, S.VEC), acc_q, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, S)
+    whole = total(tau, shift)
+    store_row(at_row(tau_out, head, call), whole, row, call.N, S.BLOCK_M, S.EVEN_N)
     if stats is not None:
-        store_stats(stats, pivots, delta, sums, tdelta, head, row, call, S)
+        store_stats(stats, pivots, delta, whole, tdelta, head, row, call, S)
 
 
 NAMES = ("q", "k", "v", "mask", "o", "do", "vjp_dq", "tq", "tk", "tv", "tdo", "to", "dq")

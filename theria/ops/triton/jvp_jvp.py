@@ -13,6 +13,7 @@ from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import load_operand, score_product, weighted_sum
 from theria.ops.triton.row_sums import row_shares
+from theria.ops.triton.shifts import row_shift, shifted, total
 from theria.ops.triton.softmax import exponential, exponents, pivot
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store
 from theria.ops.triton.tiles import select
@@ -30,8 +31,8 @@ def _centred(tq, k, q, tk, tau, call, S: constexpr):
 
 
 @triton.jit
-def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S: constexpr):
-    """X (20); None where nothing bends the scores."""
+def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, shift, call, S: constexpr):
+    """X (20) less the shift of its row; None where nothing bends the scores."""
     tts = score_product(tq1, tk2, None, False, S)
     tts = score_product(tq2, tk1, tts, False, S)
     tts = score_product(ttq, k, tts, False, S)
@@ -40,11 +41,11 @@ def _curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S: constexpr):
         if tts is None:
             return u1 * u2
         else:
-            return u1 * u2 + tts * call.scale
+            return u1 * u2 + shifted(tts, shift, call)
     elif tts is None:
         return
     else:
-        return tts * call.scale
+        return shifted(tts, shift, call)
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _times(x, p):
 
 
 @triton.jit
-def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common, row, col, edge, S: constexpr):
+def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, shift, keys, values, common, row, col, edge, S: constexpr):
     """One tile of keys: adds to (22) without its second term, and to rowsum(P∘X)."""
     k, tk1, tk2, ttk, key_factors = keys
     v, tv1, tv2, ttv, value_factors = values
@@ -82,7 +83,7 @@ def _step(acc, sums, q, tq1, tq2, ttq, pivots, tau1, tau2, keys, values, common,
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     u1 = _centred(tq1, k, q, tk1, tau1, call, S)
     u2 = _centred(tq2, k, q, tk2, tau2, call, S)
-    w = _times(_curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, call, S), p)
+    w = _times(_curvature(u1, u2, q, tq1, tq2, ttq, k, tk1, tk2, ttk, shift, call, S), p)
     if w is not None:
         sums += tl.sum(w, 1)
     of_values = load_factors(value_factors, head, col, call.M, S.BLOCK_N)
@@ -110,6 +111,11 @@ def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, 
     pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), S)
     tau1_row = load_row(at_row(tau1, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
     tau2_row = load_row(at_row(tau2, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
+    where = (mask, strides.mask, lead, row, call)
+    shift = row_shift(q_tile, ttq_tile, k, ttk, strides.k, strides.ttk, where, S)
+    mixed = row_shift(tq1_tile, tq2_tile, tk, tk2, strides.tk, strides.tk2, where, S)
+    if mixed is not None:
+        shift = total(mixed, shift)
     keys = (k, tk, tk2, ttk, key_factors)
     values = (v, tv, tv2, ttv, value_factors)
     common = (mask, seed, strides, head, lead, call)
@@ -117,8 +123,8 @@ def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, 
     sums = tl.zeros((S.BLOCK_M,), tl.float32)
     plain, end = key_range(row, call, S)
     for col in range(0, end, S.BLOCK_N):
-        acc, sums = _step(acc, sums, q_tile, tq1_tile, tq2_tile, ttq_tile, pivots, tau1_row, tau2_row, keys, values,
-                          common, row, col, col >= plain, S)  # fmt: skip
+        acc, sums = _step(acc, sums, q_tile, tq1_tile, tq2_tile, ttq_tile, pivots, tau1_row, tau2_row, shift, keys,
+                          values, common, row, col, col >= plain, S)  # fmt: skip
     o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     acc -= sums[:, None] * o_tile.to(tl.float32)
     if shares is not None:

@@ -19,25 +19,26 @@ from theria.ops.triton.parts import load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.row_sums import row_shares, with_shares
+from theria.ops.triton.shifts import common_part, with_row_sums, without
 from theria.ops.triton.softmax import exponential, exponents
 from theria.ops.triton.tensors import at, constexpr, coordinates, device, store
 
 
 @triton.jit
-def _dq_step(acc, rows, keys, common, row, col, edge, S: constexpr):
-    """One tile of keys: adds dS K."""
+def _dq_step(acc, sums, rows, keys, common, row, col, edge, S: constexpr):
+    """One tile of keys: adds dS K, and the sums of the rows of dS."""
     q, do, pivots, delta = rows
-    k, v, key_factors = keys
+    k_head, v, key_factors = keys
     mask, seed, strides, head, lead, call = common
     of_keys = load_factors(key_factors, head, col, call.M, S.BLOCK_N)
-    k = load_operand(k, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
+    k = load_operand(k_head, strides.k, lead, col, call.M, S.BLOCK_N, "D", S.EVEN_M, of_keys, 0, S)
     v = load_operand(v, strides.v, lead, col, call.M, S.BLOCK_N, "E", S.EVEN_M, of_keys, 2, S)
     x = exponents(q, k, pivots[:, None], mask, strides, lead, row, col, call, edge, False, S)
     dp = score_product(do, v, None, False, S)
     p = exponential(x, S)
     keep = keep_factor(seed, head, row, col, call, S.BLOCK_M, S.BLOCK_N, False)
     ds = p * (drop(dp, keep) - delta[:, None])
-    return weighted_sum(ds, k, acc, S)
+    return weighted_sum(ds, k, acc, S), with_row_sums(sums, ds, k_head)
 
 
 @triton.jit(do_not_specialize=["strides", "call"])
@@ -55,9 +56,11 @@ def vjp_dq_kernel(q, k, v, mask, seed, do, dq, stats, row_factors, key_factors, 
     keys = (k, v, key_factors)
     common = (mask, seed, strides, head, lead, call)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
+    sums = tl.zeros((S.BLOCK_M,), tl.float32)
     plain, end = key_range(row, call, S)
     for col in range(0, end, S.BLOCK_N):
-        acc = _dq_step(acc, rows, keys, common, row, col, col >= plain, S)
+        acc, sums = _dq_step(acc, sums, rows, keys, common, row, col, col >= plain, S)
+    acc = without(acc, sums, common_part(k, strides.k, (mask, strides.mask, lead, row, call), S.BLOCK_N, S))
     store(at(dq, strides.dq, lead, S.VEC), acc * call.scale, row, call.N, strides.dq, S.BLOCK_M, "D", S.EVEN_N, S)
 
 

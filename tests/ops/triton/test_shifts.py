@@ -1,0 +1,118 @@
+"""Keys, values and tangents with a large part in common, in half precision: derivatives that depend on the spread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.triton.calls import DEVICE, NEG_INF, call, case, double, error, exact, make
+from theria.ops import reference
+from theria.ops.operands import AttentionSpec, Operands, Tangents
+from theria.ops.triton import rules
+
+N = M = 300  # no short kernel takes so many keys
+WIDTH = 16
+COMMON = 3.0  # what keys have in common, and values, and tangents of keys, for a spread of 1
+DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
+# Relative, in the norm, in units of the dtype's rounding: with delta and tau from the rounded output alone it is 40 to
+# 200 of them. 5 are those of products whose factors are rounded.
+LIMIT = 8.0
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def common_call(dtype: torch.dtype, **options) -> tuple[Operands, AttentionSpec]:
+    q, k, v = (make(2, N, WIDTH) for _ in range(3))
+    k, v = (x + COMMON * make(2, 1, WIDTH) for x in (k, v))
+    return call(*(x.to(dtype) for x in (q, k, v)), **options)
+
+
+def direction(dtype: torch.dtype, present=(True, True, True)) -> Tangents:
+    t = [make(2, N, WIDTH), make(2, M, WIDTH) + COMMON * make(2, 1, WIDTH), make(2, M, WIDTH)]
+    return Tangents(*(x.to(dtype) if given else None for x, given in zip(t, present, strict=True)))
+
+
+def in_float64(t: Tangents) -> Tangents:
+    return Tangents(*(None if x is None else double(x) for x in t))
+
+
+def near(actual: Tensor | None, truth: Tensor | None, dtype: torch.dtype) -> None:
+    assert actual is not None
+    assert truth is not None
+    assert error(actual, truth) <= LIMIT * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"p": 0.2}], ids=["plain", "causal", "dropout"])
+def test_first_order(dtype, options):
+    c = case(*common_call(dtype, **options))
+    o, lse = rules.forward(c.ops, c.spec)
+    actual = rules.vjp(c.ops, o, lse, c.do, c.spec, c.shapes)
+    ops = exact(c.ops)
+    truth = reference.vjp(ops, *reference.forward(ops, c.spec), c.do.double(), c.spec, c.shapes)
+    for x, x64 in zip(actual[:3], truth[:3], strict=True):
+        near(x, x64, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_dq", [True, False], ids=["in one walk", "in two"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("present", [(1, 1, 1, 0), (1, 1, 1, 1), (0, 1, 0, 0), (1, 0, 1, 1)])
+def test_second_order(dtype, has_dq, is_causal, present):
+    ops, spec = common_call(dtype, is_causal=is_causal)
+    c = case(ops, spec, present=tuple(map(bool, present)))._replace(t=direction(dtype, present[:3]))
+    o, lse = rules.forward(ops, spec)
+    dq = rules.vjp(ops, o, lse, c.do, spec, c.shapes)[0] if has_dq else None
+    actual = rules.jvp_hvp(ops, o, lse, c.do, dq, c.t, c.tdo, spec, c.shapes)[:5]
+    ops, t = exact(ops), in_float64(c.t)
+    o, lse = reference.forward(ops, spec)
+    to, tau = reference.jvp(ops, o, lse, t, spec)
+    tdo = None if c.tdo is None else c.tdo.double()
+    truth = to, tau, *reference.hvp(ops, o, lse, c.do.double(), t, tdo, to, tau, spec, c.shapes)[:3]
+    for x, x64 in zip(actual, truth, strict=True):
+        near(x, x64, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bends", [True, False], ids=["ttq, ttk", "straight"])
+def test_two_directions(dtype, bends):
+    ops, spec = common_call(dtype)
+    t1, t2, t12 = direction(dtype), direction(dtype), direction(dtype) if bends else Tangents()
+    o, lse = rules.forward(ops, spec)
+    tau1, tau2 = (rules.jvp(ops, o, lse, t, spec)[1] for t in (t1, t2))
+    actual = rules.jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec)
+    ops = exact(ops)
+    t1, t2, t12 = map(in_float64, (t1, t2, t12))
+    o, lse = reference.forward(ops, spec)
+    tau1, tau2 = (reference.jvp(ops, o, lse, t, spec)[1] for t in (t1, t2))
+    near(actual, reference.jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_mask_hides_does_not_count(dtype):
+    """The first keys, from which the common part is taken, are far away and hidden; a row sees none."""
+    ops, spec = common_call(dtype)
+    hidden = torch.zeros(1, N, M, dtype=torch.bool, device=DEVICE)
+    hidden[..., :10] = hidden[:, 5] = True
+    k, v = (x.clone() for x in ops[1:3])
+    k[:, :10], v[:, :10] = -5e4, 50.0
+    seen = Operands(ops.q, k, v, ~hidden, None)
+    c = case(seen, spec)._replace(t=direction(dtype))
+    o, lse = rules.forward(seen, spec)
+    to, tau = rules.jvp(seen, o, lse, c.t, spec)
+    dq = rules.vjp(seen, o, lse, c.do, spec, c.shapes)[0]
+    one_walk = rules.jvp_hvp(seen, o, lse, c.do, dq, c.t, c.tdo, spec, c.shapes)
+    truth_ops = exact(seen)
+    o, lse = reference.forward(truth_ops, spec)
+    near(dq, reference.vjp(truth_ops, o, lse, c.do.double(), spec, c.shapes)[0], dtype)
+    to64, tau64 = reference.jvp(truth_ops, o, lse, in_float64(c.t), spec)
+    second = reference.hvp(
+        truth_ops, o, lse, c.do.double(), in_float64(c.t), c.tdo.double(), to64, tau64, spec, c.shapes
+    )
+    near(one_walk[2], second[0], dtype)
+    for x, y in ((to, tau), one_walk[:2]):
+        near(x, to64, dtype)
+        near(y, tau64, dtype)
+        assert (y[:, 5] == 0).all()
+    assert (lse[:, 5] == NEG_INF).all()

@@ -1,0 +1,109 @@
+"""A number added to all scores of a row changes nothing; what rounding makes of that, and how it is kept.
+
+So the rows of dS (6) and tdS (16) add up to 0, and tS may be less any number of its row in (11) and (16). In half
+precision delta = rowsum(dO∘O) and tau O take O as it was rounded, and both are off by some 2^-9 |O| (2^-12 in float16).
+Where values have a large part in common, O has it too, and is large beside the spread of the values, on which alone
+derivatives of the scores depend; where keys have one besides, what a row of dS adds up to, times that part, is in dQ.
+
+With a vector c of the size of a key, any vector,
+
+    dS K = dS (K − 1 c') + rowsum(dS) c',          in which the last term is 0 and is left out,
+    tS = tQ (K − 1 c')' + Q (tK − 1 tc')' + (tQ c + Q tc) 1',    in which the last term may be left out.
+
+c is the mean of the first keys of the head, tc that of their tangents: as far as these tell, what all have in common.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from theria.ops.triton.tensors import at, constexpr, load
+
+FEW = tl.constexpr(16)  # keys, where the registers are scarce
+HIDDEN = tl.constexpr(-64.0)  # of an additive mask: with so little added a key has no weight beside another
+
+
+@triton.jit
+def common_part(keys, key_strides, where, KEYS: constexpr, S: constexpr):
+    """c of one head, (BLOCK_D,) in float32; None for an absent tensor and in float32, where O is not rounded.
+
+    From the first KEYS keys, or those of them that a row of this block sees: what a mask hides may be anything.
+
+    Args:
+        where: (mask, its strides, lead, row, call) of a block of rows.
+    """
+    mask, strides, lead, row, call = where
+    if keys is None or keys.dtype.element_ty == tl.float32:
+        return
+    else:
+        first = load(at(keys, key_strides, lead, S.VEC), 0, call.M, key_strides, KEYS, "D", S.EVEN_M, S).to(tl.float32)
+        if mask is None:
+            return tl.sum(first, 0) / tl.minimum(call.M, KEYS).to(tl.float32)
+        else:
+            rows, cols = row + tl.arange(0, S.BLOCK_M)[:, None], tl.arange(0, KEYS)[None, :]
+            entries = at(mask, strides, lead, 1)
+            entries += rows.to(tl.int64) * strides[4] + cols.to(tl.int64) * strides[5]
+            exists = (rows < call.N) & (cols < call.M)
+            if mask.dtype.element_ty.is_floating():
+                shows = tl.load(entries, mask=exists, other=float("-inf")).to(tl.float32) > HIDDEN
+            else:
+                shows = tl.load(entries, mask=exists, other=0) != 0
+            seen = tl.max(shows.to(tl.int32), 0)
+            return tl.sum(tl.where(seen[:, None] > 0, first, 0.0), 0) / tl.maximum(tl.sum(seen, 0), 1).to(tl.float32)
+
+
+@triton.jit
+def with_row_sums(sums, x, keys):
+    """``sums`` plus those of the rows of a tile; as they are where :func:`common_part` of these keys is None."""
+    if keys is None or keys.dtype.element_ty == tl.float32:
+        return sums
+    else:
+        return sums + tl.sum(x, 1)
+
+
+@triton.jit
+def without(acc, sums, common):
+    """acc − sums c'; ``acc`` where there is no c."""
+    if common is None:
+        return acc
+    else:
+        return acc - sums[:, None] * common[None, :]
+
+
+@triton.jit
+def row_shift(q, tq, k, tk, k_strides, tk_strides, where, S: constexpr):
+    """scale (tQ c + Q tc) of a block of rows, (BLOCK_M,), where ``k`` and ``tk`` are all keys; None where that is 0.
+
+    Of few keys: their mean takes registers of the whole kernel, and what it misses is a part of the spread.
+    """
+    common = None if tq is None else common_part(k, k_strides, where, FEW, S)
+    tcommon = None if q is None else common_part(tk, tk_strides, where, FEW, S)
+    scale = where[4].scale
+    if common is None and tcommon is None:
+        return
+    elif tcommon is None:
+        return tl.sum(tq.to(tl.float32) * common[None, :], 1) * scale
+    elif common is None:
+        return tl.sum(q.to(tl.float32) * tcommon[None, :], 1) * scale
+    else:
+        shift = tl.sum(tq.to(tl.float32) * common[None, :], 1)
+        return (shift + tl.sum(q.to(tl.float32) * tcommon[None, :], 1)) * scale
+
+
+@triton.jit
+def shifted(ts, shift, call):
+    """scale tS less the shift of each row."""
+    if shift is None:
+        return ts * call.scale
+    else:
+        return ts * call.scale - shift[:, None]
+
+
+@triton.jit
+def total(sums, shift):
+    """A sum over a row of P with the shift that was left out; P adds up to 1."""
+    if shift is None:
+        return sums
+    else:
+        return sums + shift
