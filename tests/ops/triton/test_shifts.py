@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.triton.calls import DEVICE, NEG_INF, call, case, double, error, exact, make
+from tests.ops.triton.calls import DEVICE, call, case, double, error, exact, make
 from theria.ops import reference
 from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton import rules
@@ -89,30 +89,47 @@ def test_two_directions(dtype, bends):
     near(actual, reference.jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec), dtype)
 
 
+def derivatives(ops: Operands, spec: AttentionSpec, do: Tensor, t: Tangents, R) -> list[Tensor]:
+    """dq, to, tau and tdq."""
+    shapes = (*(x.shape for x in ops[:3]), None)
+    o, lse = R.forward(ops, spec)
+    dq = R.vjp(ops, o, lse, do, spec, shapes)[0]
+    to, tau = R.jvp(ops, o, lse, t, spec)
+    if R is rules:
+        return [dq, to, tau, R.jvp_hvp(ops, o, lse, do, dq, t, None, spec, shapes)[2]]
+    return [dq, to, tau, R.hvp(ops, o, lse, do, t, None, to, tau, spec, shapes)[0]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_a_mask_hides_does_not_count(dtype):
-    """The first keys, from which the common part is taken, are far away and hidden; a row sees none."""
+    """The first keys, among which the common part is looked for, are far away and hidden; one row sees no key."""
     ops, spec = common_call(dtype)
     hidden = torch.zeros(1, N, M, dtype=torch.bool, device=DEVICE)
-    hidden[..., :10] = hidden[:, 5] = True
+    hidden[..., :10] = hidden[:, N - 1] = True
     k, v = (x.clone() for x in ops[1:3])
     k[:, :10], v[:, :10] = -5e4, 50.0
-    seen = Operands(ops.q, k, v, ~hidden, None)
-    c = case(seen, spec)._replace(t=direction(dtype))
-    o, lse = rules.forward(seen, spec)
-    to, tau = rules.jvp(seen, o, lse, c.t, spec)
-    dq = rules.vjp(seen, o, lse, c.do, spec, c.shapes)[0]
-    one_walk = rules.jvp_hvp(seen, o, lse, c.do, dq, c.t, c.tdo, spec, c.shapes)
-    truth_ops = exact(seen)
-    o, lse = reference.forward(truth_ops, spec)
-    near(dq, reference.vjp(truth_ops, o, lse, c.do.double(), spec, c.shapes)[0], dtype)
-    to64, tau64 = reference.jvp(truth_ops, o, lse, in_float64(c.t), spec)
-    second = reference.hvp(
-        truth_ops, o, lse, c.do.double(), in_float64(c.t), c.tdo.double(), to64, tau64, spec, c.shapes
-    )
-    near(one_walk[2], second[0], dtype)
-    for x, y in ((to, tau), one_walk[:2]):
-        near(x, to64, dtype)
-        near(y, tau64, dtype)
-        assert (y[:, 5] == 0).all()
-    assert (lse[:, 5] == NEG_INF).all()
+    ops = Operands(ops.q, k, v, ~hidden, None)
+    do, t = make(2, N, WIDTH).to(dtype), direction(dtype)
+    actual = derivatives(ops, spec, do, t, rules)
+    truth = derivatives(exact(ops), spec, do.double(), in_float64(t), reference)
+    for x, x64 in zip(actual, truth, strict=True):
+        near(x[:, :-64], x64[:, :-64], dtype)  # what all rows of a block see: nothing in the last one
+        assert (x[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["causal", "mask"])
+def test_what_a_row_does_not_see_changes_none_of_its_bits(dtype, how):
+    """The common part is of keys that all rows of a block see. Row 3 sees 4 keys."""
+    ops, spec = common_call(dtype, is_causal=how == "causal")
+    if how == "mask":
+        ops = ops._replace(mask=torch.ones(N, M, dtype=torch.bool, device=DEVICE).tril()[None])
+    do, t = make(2, N, WIDTH).to(dtype), direction(dtype)
+    expected = derivatives(ops, spec, do, t, rules)
+    others = [x.clone() for x in (ops.k, ops.v, t.k, t.v)]
+    for x in others:
+        x[:, 4:] *= -2
+    changed = derivatives(ops._replace(k=others[0], v=others[1]), spec, do, Tangents(t.q, *others[2:]), rules)
+    for x, y in zip(expected, changed, strict=True):
+        assert torch.equal(x[:, :4], y[:, :4])
+        assert not torch.equal(x, y)

@@ -111,11 +111,13 @@ def jvp_jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, tq2, tk2, tv2, ttq, ttk, 
     pivots = pivot(load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N), S)
     tau1_row = load_row(at_row(tau1, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
     tau2_row = load_row(at_row(tau2, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
-    where = (mask, strides.mask, lead, row, call)
-    shift = row_shift(q_tile, ttq_tile, k, ttk, strides.k, strides.ttk, where, S)
-    mixed = row_shift(tq1_tile, tq2_tile, tk, tk2, strides.tk, strides.tk2, where, S)
-    if mixed is not None:
-        shift = total(mixed, shift)
+    shift = None
+    if S.BLOCK_D <= 128:  # beyond, registers are spilled
+        where = (mask, strides.mask, lead, row, call)
+        shift = row_shift(q_tile, ttq_tile, k, ttk, strides.k, strides.ttk, where, S)
+        mixed = row_shift(tq1_tile, tq2_tile, tk, tk2, strides.tk, strides.tk2, where, S)
+        if mixed is not None:
+            shift = total(mixed, shift)
     keys = (k, tk, tk2, ttk, key_factors)
     values = (v, tv, tv2, ttv, value_factors)
     common = (mask, seed, strides, head, lead, call)

@@ -28,29 +28,40 @@ HIDDEN = tl.constexpr(-64.0)  # of an additive mask: with so little added a key 
 def common_part(keys, key_strides, where, KEYS: constexpr, S: constexpr):
     """c of one head, (BLOCK_D,) in float32; None for an absent tensor and in float32, where O is not rounded.
 
-    From the first KEYS keys, or those of them that a row of this block sees: what a mask hides may be anything.
+    The mean of those of the first KEYS keys that all rows of a block see, 0 without any: what a row does not see may be
+    anything, and changes none of its bits.
 
     Args:
-        where: (mask, its strides, lead, row, call) of a block of rows.
+        where: (mask, its strides, lead, row, call) of the block.
     """
     mask, strides, lead, row, call = where
     if keys is None or keys.dtype.element_ty == tl.float32:
         return
     else:
         first = load(at(keys, key_strides, lead, S.VEC), 0, call.M, key_strides, KEYS, "D", S.EVEN_M, S).to(tl.float32)
-        if mask is None:
-            return tl.sum(first, 0) / tl.minimum(call.M, KEYS).to(tl.float32)
-        else:
-            rows, cols = row + tl.arange(0, S.BLOCK_M)[:, None], tl.arange(0, KEYS)[None, :]
-            entries = at(mask, strides, lead, 1)
-            entries += rows.to(tl.int64) * strides[4] + cols.to(tl.int64) * strides[5]
-            exists = (rows < call.N) & (cols < call.M)
-            if mask.dtype.element_ty.is_floating():
-                shows = tl.load(entries, mask=exists, other=float("-inf")).to(tl.float32) > HIDDEN
-            else:
-                shows = tl.load(entries, mask=exists, other=0) != 0
-            seen = tl.max(shows.to(tl.int32), 0)
-            return tl.sum(tl.where(seen[:, None] > 0, first, 0.0), 0) / tl.maximum(tl.sum(seen, 0), 1).to(tl.float32)
+        count = tl.minimum(call.M, KEYS)
+        if S.CAUSAL:
+            count = tl.minimum(count, row + 1)
+        if S.CAUSAL or mask is not None:
+            seen = tl.arange(0, KEYS) < count
+            if mask is not None:
+                seen = seen & _shown_to_all(mask, strides, lead, row, call, KEYS, S)
+                count = tl.maximum(tl.sum(seen.to(tl.int32), 0), 1)
+            first = tl.where(seen[:, None], first, 0.0)
+        return tl.sum(first, 0) / count.to(tl.float32)
+
+
+@triton.jit
+def _shown_to_all(mask, strides, lead, row, call, KEYS: constexpr, S: constexpr):
+    """Which of the first KEYS keys the mask shows to every row of a block, (KEYS,)."""
+    rows, cols = row + tl.arange(0, S.BLOCK_M)[:, None], tl.arange(0, KEYS)[None, :]
+    entries = at(mask, strides, lead, 1) + rows.to(tl.int64) * strides[4] + cols.to(tl.int64) * strides[5]
+    exists = (rows < call.N) & (cols < call.M)
+    if mask.dtype.element_ty.is_floating():
+        shown = tl.load(entries, mask=exists, other=0.0).to(tl.float32) > HIDDEN
+    else:
+        shown = tl.load(entries, mask=exists, other=1) != 0
+    return tl.min(shown.to(tl.int32), 0) > 0
 
 
 @triton.jit

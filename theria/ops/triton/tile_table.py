@@ -92,7 +92,7 @@ TABLE: dict[tuple[str, int, str, bool, int, int], tuple[Any, ...]] = {
     ("jvp_dq", 16, "half", False, 90, 0): (64, 32, 4, 3, False, True),
     ("jvp_dq", 16, "half", True, 90, 0): (64, 32, 4, 3, False, True),
     ("jvp_dq", 32, "half", False, 90, 0): (64, 32, 4, 3, False, True),
-    ("jvp_dq", 32, "half", True, 90, 0): (64, 32, 4, 3, False, True),
+    ("jvp_dq", 32, "half", True, 90, 0): (64, 32, 4, 3, False, True, 0, True),
     ("jvp_dq", 64, "half", False, 90, 0): (64, 32, 4, 3, False, True),
     ("jvp_dq", 64, "half", True, 90, 0): (64, 32, 4, 3, False, False),
     ("jvp_dq_all", 16, "half", False, 90, 0): (64, 32, 4, 3, False, False),
