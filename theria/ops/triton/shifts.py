@@ -83,23 +83,28 @@ def without(acc, sums, common):
 
 
 @triton.jit
+def _dot(rows, common):
+    """The product of each row with c."""
+    return tl.sum(rows.to(tl.float32) * common[None, :], 1)
+
+
+@triton.jit
 def row_shift(q, tq, k, tk, k_strides, tk_strides, where, S: constexpr):
     """scale (tQ c + Q tc) of a block of rows, (BLOCK_M,), where ``k`` and ``tk`` are all keys; None where that is 0.
 
     Of few keys: their mean takes registers of the whole kernel, and what it misses is a part of the spread.
     """
+    call = where[4]
     common = None if tq is None else common_part(k, k_strides, where, FEW, S)
     tcommon = None if q is None else common_part(tk, tk_strides, where, FEW, S)
-    scale = where[4].scale
     if common is None and tcommon is None:
         return
     elif tcommon is None:
-        return tl.sum(tq.to(tl.float32) * common[None, :], 1) * scale
+        return _dot(tq, common) * call.scale
     elif common is None:
-        return tl.sum(q.to(tl.float32) * tcommon[None, :], 1) * scale
+        return _dot(q, tcommon) * call.scale
     else:
-        shift = tl.sum(tq.to(tl.float32) * common[None, :], 1)
-        return (shift + tl.sum(q.to(tl.float32) * tcommon[None, :], 1)) * scale
+        return (_dot(tq, common) + _dot(q, tcommon)) * call.scale
 
 
 @triton.jit
