@@ -11,7 +11,7 @@ from theria.ops import reference
 from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton import rules
 
-N = M = 300  # no short kernel takes so many keys
+N = M = 160  # no short kernel takes so many keys
 WIDTH = 16
 COMMON = 3.0  # what keys have in common, and values, and tangents of keys, for a spread of 1
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]

@@ -103,13 +103,13 @@ def jvp_dq_kernel(q, k, v, mask, o, do, vjp_dq, tq, tk, tv, tdo, to, dq, lse, ta
     for col in range(0, end, S.BLOCK_N):
         acc_o, acc_q, acc_p, sums = _step(acc_o, acc_q, acc_p, sums, q_tile, tq_tile, do_tile, tdo_tile, pivots, delta,
                                           shift, keys, common, row, col, col >= plain, S)  # fmt: skip
-    tau, missing, tdelta = sums  # tau less the shift
+    tau, missing, tdelta = sums  # of P∘tS less the shift; of dS, 0 but for rounding (shifts.py); of P∘W
     # O and dO are read again: kept until here they would take the registers of the loop
     o_tile = load(at(o, strides.o, lead, S.VEC), row, call.N, strides.o, S.BLOCK_M, "E", S.EVEN_N, S)
     do_tile = load(at(do, strides.do, lead, S.VEC), row, call.N, strides.do, S.BLOCK_M, "E", S.EVEN_N, S)
     acc_o -= tau[:, None] * o_tile.to(tl.float32)
     store(at(to, strides.to, lead, S.VEC), acc_o, row, call.N, strides.to, S.BLOCK_M, "E", S.EVEN_N, S)
-    if tdo is None:
+    if tdo is None:  # rowsum(P∘W) all the same, before tO is rounded
         tdelta = row_dot(do_tile, acc_o)
     acc_q -= tdelta[:, None] * acc_p
     acc_q = without(acc_q, missing, common_part(tk, strides.tk, where, FEW, S)) * call.scale
