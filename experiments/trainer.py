@@ -92,11 +92,8 @@ class Trainer:
     @property
     def peaks(self) -> dict[str, float]:
         """`peak_memory` of training, that before a resumption included."""
-        return {name: max(value, self._peaks.get(name, 0)) for name, value in peak_memory(self._device).items()}
-
-    @property
-    def _device(self) -> torch.device:
-        return self.parameters[0].device
+        now = peak_memory(self.parameters[0].device)
+        return {name: max(value, self._peaks.get(name, 0)) for name, value in now.items()}
 
     def save(self) -> Path:
         """Write a checkpoint; of several processes the first one does, and the others wait for it.

@@ -11,6 +11,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton sees a kernel
 
+from theria.ops import reference
 from theria.ops.operands import AttentionSpec, Operands, Tangents, batch_shape, default_scale, with_dropout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,6 +65,24 @@ def double(x: Tensor) -> Tensor:
 def exact(ops: Operands) -> Operands:
     """The same operands in float64."""
     return Operands(*(None if x is None else double(x) for x in ops))  # type: ignore[arg-type]
+
+
+def exact_tangents(t: Tangents) -> Tangents:
+    """The same direction in float64."""
+    return Tangents(*(None if x is None else double(x) for x in t))
+
+
+def by_reference(c: Case) -> tuple[Any, ...]:
+    """to, tau, tdq, tdk, tdv by the reference in the dtype of the case, where every array is rounded."""
+    o, lse = reference.forward(c.ops, c.spec)
+    to, tau = reference.jvp(c.ops, o, lse, c.t, c.spec)
+    return to, tau, *reference.hvp(c.ops, o, lse, c.do, c.t, c.tdo, to, tau, c.spec, c.shapes)[:3]
+
+
+def truth_of(c: Case) -> tuple[Any, ...]:
+    """The same in float64."""
+    tdo = None if c.tdo is None else c.tdo.double()
+    return by_reference(c._replace(ops=exact(c.ops), do=c.do.double(), t=exact_tangents(c.t), tdo=tdo))
 
 
 def error(actual: Tensor, truth: Tensor) -> float:

@@ -12,7 +12,19 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from tests.ops.triton.calls import DEVICE, MASKS, NEG_INF, SHAPES, call, double, error, exact, make, masks, random_call
+from tests.ops.triton.calls import (
+    DEVICE,
+    MASKS,
+    NEG_INF,
+    SHAPES,
+    call,
+    error,
+    exact,
+    exact_tangents,
+    make,
+    masks,
+    random_call,
+)
 from theria.ops import autograd, reference, sdpa, sdpa_jvp
 from theria.ops.operands import Operands, Tangents
 from theria.ops.triton.forward_jvp import forward_jvp
@@ -37,7 +49,7 @@ def direction(ops: Operands, present: tuple[bool, ...] = (True, True, True)) -> 
 def check(ops: Operands, spec: Any, t: Tangents | None = None) -> tuple[Tensor, ...]:
     t = direction(ops) if t is None else t
     results = forward_jvp(ops, t, spec)
-    t64 = Tangents(*(None if x is None else double(x) for x in t))
+    t64 = exact_tangents(t)
     o, lse = reference.forward(exact(ops), spec)
     expected = (o, lse, *reference.jvp(exact(ops), o, lse, t64, spec))
     for x, y, tolerance in zip(results, expected, (TOLERANCE[ops.q.dtype], ROWS) * 2, strict=True):

@@ -19,9 +19,9 @@ from tests.ops.triton.calls import (
     Case,
     call,
     case,
-    double,
     error,
     exact,
+    exact_tangents,
     make,
     masks,
     random_call,
@@ -77,7 +77,7 @@ def tiled(tile: Tile):
 
 def residuals(c: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, lse, to, tau of the reference."""
-    ops64, t64 = exact(c.ops), Tangents(*(None if x is None else double(x) for x in c.t))
+    ops64, t64 = exact(c.ops), exact_tangents(c.t)
     o, lse = reference.forward(ops64, c.spec)
     lse = lse.expand(*batch_shape(*c.ops, *c.t), -1)
     to, tau = reference.jvp(ops64, o, lse, t64, c.spec)
@@ -87,9 +87,8 @@ def residuals(c: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def truth_of(c: Case) -> tuple[Any, ...]:
     """The reference in float64."""
     o, lse, to, tau = residuals(c)
-    t64 = Tangents(*(None if x is None else double(x) for x in c.t))
     tdo64 = None if c.tdo is None else c.tdo.double()
-    return reference.hvp(exact(c.ops), o, lse, c.do.double(), t64, tdo64, to, tau, c.spec, c.shapes)
+    return reference.hvp(exact(c.ops), o, lse, c.do.double(), exact_tangents(c.t), tdo64, to, tau, c.spec, c.shapes)
 
 
 def run(c: Case, rule: Rule = hvp) -> tuple[Any, ...]:

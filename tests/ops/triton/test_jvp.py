@@ -7,7 +7,19 @@ import itertools
 import pytest
 import torch
 
-from tests.ops.triton.calls import DEVICE, MASKS, NEG_INF, SHAPES, call, double, error, exact, make, masks, random_call
+from tests.ops.triton.calls import (
+    DEVICE,
+    MASKS,
+    NEG_INF,
+    SHAPES,
+    call,
+    error,
+    exact,
+    exact_tangents,
+    make,
+    masks,
+    random_call,
+)
 from theria.ops import blockwise, reference
 from theria.ops.operands import Tangents, batch_shape
 from theria.ops.triton.forward import forward
@@ -43,7 +55,7 @@ def direction(ops, present=ALL) -> Tangents:
 def run(ops, spec, t=None, rule=jvp):
     """What the rule and the reference say of to and tau; the rule reads the reference's o and lse, rounded."""
     t = direction(ops) if t is None else t
-    ops64, t64 = exact(ops), Tangents(*(None if x is None else double(x) for x in t))
+    ops64, t64 = exact(ops), exact_tangents(t)
     o, lse = reference.forward(ops64, spec)
     lse = lse.expand(*batch_shape(*ops, *t), -1)
     truth = reference.jvp(ops64, o, lse, t64, spec)

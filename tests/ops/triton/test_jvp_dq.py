@@ -16,16 +16,16 @@ from tests.ops.triton.calls import (
     MASKS,
     SHAPES,
     Case,
+    by_reference,
     call,
     case,
-    double,
     error,
-    exact,
     make,
     masks,
     random_call,
+    truth_of,
 )
-from theria.ops import ArgumentError, reference, sdpa, sdpa_hvp, sdpa_vjp
+from theria.ops import ArgumentError, sdpa, sdpa_hvp, sdpa_vjp
 from theria.ops.operands import AttentionSpec, Operands, Tangents, batch_shape
 from theria.ops.triton import jvp_dq as module
 from theria.ops.triton import rules
@@ -44,20 +44,6 @@ SMALL = [Tile(16, 16, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1, held=True)]
 LONG = 300  # keys that do not fit the short kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def plain(c: Case) -> tuple[Any, ...]:
-    """to, tau, tdq, tdk, tdv by the reference in the dtype of the case, where every array is rounded."""
-    o, lse = reference.forward(c.ops, c.spec)
-    to, tau = reference.jvp(c.ops, o, lse, c.t, c.spec)
-    return to, tau, *reference.hvp(c.ops, o, lse, c.do, c.t, c.tdo, to, tau, c.spec, c.shapes)[:3]
-
-
-def truth_of(c: Case) -> tuple[Any, ...]:
-    """The same in float64."""
-    t = Tangents(*(None if x is None else double(x) for x in c.t))
-    tdo = None if c.tdo is None else c.tdo.double()
-    return plain(c._replace(ops=exact(c.ops), do=c.do.double(), t=t, tdo=tdo))
 
 
 def run(c: Case) -> tuple[Any, ...]:
@@ -133,7 +119,7 @@ def test_large_scores(magnitude: int) -> None:
     """P of a row is all on one key, and what tau and tdelta take from the sums of the row is nearly all of them."""
     ops, spec = half(20, 70, 16, 16, lead=(8,))
     c = case(ops._replace(k=ops.k * magnitude), spec)
-    for x, other, x64 in zip(run(c), plain(c), truth_of(c), strict=True):
+    for x, other, x64 in zip(run(c), by_reference(c), truth_of(c), strict=True):
         assert error(x, x64) <= THREE_WAY * error(other, x64)
 
 

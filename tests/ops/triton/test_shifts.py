@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.triton.calls import DEVICE, call, case, double, error, exact, make
+from tests.ops.triton.calls import DEVICE, call, case, error, exact, exact_tangents, make, truth_of
 from theria.ops import reference
 from theria.ops.operands import AttentionSpec, Operands, Tangents
 from theria.ops.triton import rules
@@ -31,10 +31,6 @@ def common_call(dtype: torch.dtype, **options) -> tuple[Operands, AttentionSpec]
 def direction(dtype: torch.dtype, present=(True, True, True)) -> Tangents:
     t = [make(2, N, WIDTH), make(2, M, WIDTH) + COMMON * make(2, 1, WIDTH), make(2, M, WIDTH)]
     return Tangents(*(x.to(dtype) if given else None for x, given in zip(t, present, strict=True)))
-
-
-def in_float64(t: Tangents) -> Tangents:
-    return Tangents(*(None if x is None else double(x) for x in t))
 
 
 def near(actual: Tensor | None, truth: Tensor | None, dtype: torch.dtype) -> None:
@@ -65,12 +61,7 @@ def test_second_order(dtype, has_dq, is_causal, present):
     o, lse = rules.forward(ops, spec)
     dq = rules.vjp(ops, o, lse, c.do, spec, c.shapes)[0] if has_dq else None
     actual = rules.jvp_hvp(ops, o, lse, c.do, dq, c.t, c.tdo, spec, c.shapes)[:5]
-    ops, t = exact(ops), in_float64(c.t)
-    o, lse = reference.forward(ops, spec)
-    to, tau = reference.jvp(ops, o, lse, t, spec)
-    tdo = None if c.tdo is None else c.tdo.double()
-    truth = to, tau, *reference.hvp(ops, o, lse, c.do.double(), t, tdo, to, tau, spec, c.shapes)[:3]
-    for x, x64 in zip(actual, truth, strict=True):
+    for x, x64 in zip(actual, truth_of(c), strict=True):
         near(x, x64, dtype)
 
 
@@ -83,7 +74,7 @@ def test_two_directions(dtype, bends):
     tau1, tau2 = (rules.jvp(ops, o, lse, t, spec)[1] for t in (t1, t2))
     actual = rules.jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec)
     ops = exact(ops)
-    t1, t2, t12 = map(in_float64, (t1, t2, t12))
+    t1, t2, t12 = map(exact_tangents, (t1, t2, t12))
     o, lse = reference.forward(ops, spec)
     tau1, tau2 = (reference.jvp(ops, o, lse, t, spec)[1] for t in (t1, t2))
     near(actual, reference.jvp_jvp(ops, o, lse, t1, t2, t12, tau1, tau2, spec), dtype)
@@ -111,7 +102,7 @@ def test_what_a_mask_hides_does_not_count(dtype):
     ops = Operands(ops.q, k, v, ~hidden, None)
     do, t = make(2, N, WIDTH).to(dtype), direction(dtype)
     actual = derivatives(ops, spec, do, t, rules)
-    truth = derivatives(exact(ops), spec, do.double(), in_float64(t), reference)
+    truth = derivatives(exact(ops), spec, do.double(), exact_tangents(t), reference)
     for x, x64 in zip(actual, truth, strict=True):
         near(x[:, :-64], x64[:, :-64], dtype)  # what all rows of a block see: nothing in the last one
         assert (x[:, -1] == 0).all()

@@ -14,7 +14,7 @@ from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.parts import factors, load_factors, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import PADDING, new_stats, row_dot, store_stats
-from theria.ops.triton.shifts import row_shift, shifted, total
+from theria.ops.triton.shifts import shifted, tangent_shift, total
 from theria.ops.triton.softmax import exponential, exponents, pivot
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import select
@@ -58,9 +58,7 @@ def jvp_kernel(q, k, v, mask, seed, o, tq, tk, tv, to, do, tdo, lse, tau, stats,
     lse_row = load_row(at_row(lse, head, call), row, call.N, 0.0, S.BLOCK_M, S.EVEN_N)
     pivots = pivot(lse_row, S)
     where = (mask, strides.mask, lead, row, call)
-    shift = row_shift(q_tile, tq_tile, k, tk, strides.k, strides.tk, where, S)
-    if mask is not None and shift is not None:  # tau is 0 where a row sees no key
-        shift = tl.where(lse_row == float("-inf"), 0.0, shift)
+    shift = tangent_shift(q_tile, tq_tile, k, tk, strides, lse_row, where, S)
     q_tile = left_operand(q_tile, S)
     tq_tile = left_operand(tq_tile, S)
     keys = (k, v, tk, tv, key_factors)

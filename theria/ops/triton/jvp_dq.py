@@ -18,7 +18,7 @@ from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.products import left_operand, product, rounded, score_product
 from theria.ops.triton.row_stats import PADDING, new_stats, row_dot, store_stats
-from theria.ops.triton.shifts import FEW, common_part, row_shift, shifted, total, without
+from theria.ops.triton.shifts import FEW, common_part, shifted, tangent_shift, total, without
 from theria.ops.triton.softmax import exponential, exponents, pivot
 from theria.ops.triton.tensors import at, at_row, constexpr, coordinates, load, load_row, store, store_row
 from theria.ops.triton.tiles import covers, kind, power_of_two, select
@@ -89,9 +89,7 @@ def jvp_dq_kernel(q, k, v, mask, o, do, vjp_dq, tq, tk, tv, tdo, to, dq, lse, ta
     pivots = pivot(lse_row, S)
     delta = row_dot(do_tile, o_tile)
     where = (mask, strides.mask, lead, row, call)
-    shift = row_shift(q_tile, tq_tile, k, tk, strides.k, strides.tk, where, S)
-    if mask is not None and shift is not None:  # tau is 0 where a row sees no key
-        shift = tl.where(lse_row == float("-inf"), 0.0, shift)
+    shift = tangent_shift(q_tile, tq_tile, k, tk, strides, lse_row, where, S)
     q_tile = left_operand(q_tile, S)
     keys, common = (k, tk, v, tv), (mask, strides, lead, call)
     acc_o = tl.zeros((S.BLOCK_M, S.BLOCK_E), tl.float32)

@@ -108,6 +108,16 @@ def row_shift(q, tq, k, tk, k_strides, tk_strides, where, S: constexpr):
 
 
 @triton.jit
+def tangent_shift(q, tq, k, tk, strides, lse, where, S: constexpr):
+    """:func:`row_shift` along one direction, 0 where a row of a block, with its ``lse``, sees no key: its tau is 0."""
+    shift = row_shift(q, tq, k, tk, strides.k, strides.tk, where, S)
+    if where[0] is None or shift is None:
+        return shift
+    else:
+        return tl.where(lse == float("-inf"), 0.0, shift)
+
+
+@triton.jit
 def shifted(ts, shift, call):
     """scale tS less the shift of each row."""
     if shift is None:
@@ -118,7 +128,7 @@ def shifted(ts, shift, call):
 
 @triton.jit
 def total(sums, shift):
-    """A sum over a row of P with the shift that was left out; P adds up to 1."""
+    """``sums``, with the shift that was left out: of P∘tS, since P adds up to 1, or of another shift."""
     if shift is None:
         return sums
     else:
