@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from experiments import bilevel_cleaning, bilevel_config, bilevel_ridge, errors, store, tracking
+from experiments import bilevel_cleaning, bilevel_config, bilevel_ridge, errors, folder, store, tracking
 from experiments.bilevel_config import (
     BilevelConfig,
     HyperCleaningConfig,
@@ -39,19 +39,26 @@ from theria.meta.bilevel import AID, ITD, Evaluation, Method
 from theria.meta.solvers import CG
 from theria.testing.machine import machine
 
+PROGRAM = "experiments.bilevel"
+
 
 def run(settings: BilevelConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """One run; what it leaves is in `run_dir`. Returns what results.json holds.
 
     Raises:
-        errors.UserError: a setting that does not fit.
+        errors.UserError: a setting that does not fit, or a directory with the files of another run.
         errors.NonFiniteError: a loss or hypergradient that is not finite.
     """
     check(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     experiment = build(settings.problem, settings.seed)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with folder.held(run_dir):
+        folder.check_unused(run_dir)
+        return _run(settings, experiment, run_dir, overrides)
+
+
+def _run(settings: BilevelConfig, experiment: Experiment, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(container))
     lines = tracking.JsonLines(run_dir / tracking.METRICS, 0)
@@ -59,7 +66,7 @@ def run(settings: BilevelConfig, run_dir: Path, overrides: list[str]) -> dict[st
     for name, stage in experiment.stages.items():
         outer[name], counts[name] = optimise(settings, name, stage, lines)
     results = {
-        "command": shlex.join(["python", "-m", "experiments.bilevel", *(o for o in overrides if "run_dir=" not in o)]),
+        "command": shlex.join(["python", "-m", PROGRAM, *(o for o in overrides if "run_dir=" not in o)]),
         "seconds": round(time.monotonic() - begun[0], 1),
         "processor_seconds": round(time.process_time() - begun[1], 1),  # what the machine's other load does not change
         "evaluations": counts,
@@ -186,7 +193,7 @@ def entry(cfg: DictConfig) -> None:
 
 def main() -> None:
     bilevel_config.register()
-    errors.run(entry)
+    errors.run(entry, PROGRAM)
 
 
 if __name__ == "__main__":

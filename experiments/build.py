@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments import learners, protocols
+from experiments import learners, protocols, reads
 from experiments.config import (
     Config,
     ConvNetConfig,
@@ -79,7 +79,7 @@ PRECISIONS = ("highest", "high", "medium")
 
 
 def check(config: Config) -> None:
-    """Refuse values outside their range.
+    """Refuse values outside their range, and settings that would not be read.
 
     Raises:
         UserError: with the value and what is needed.
@@ -97,6 +97,7 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value is not None and not value > 0:
             raise UserError(f"{key}={value}: needed is a positive number, or null for {otherwise}")
+    reads.check(config)
     check_seed(config.seed)
     debug, tasks = config.debug, config.task.tasks
     if debug.nan_step is not None and debug.nan_task >= tasks:

@@ -287,13 +287,13 @@ class EvaluateConfig:
     protocol: ProtocolKind = ProtocolKind.episodes  # episodes | one_shot, for runs that never saw its alphabets
     episodes: int | None = None  # null: 600; that many or more for a figure worth reporting
     subset: str | None = None  # train | val | test; null: test
-    seed: int | None = None  # of the episodes; null: those of the run's own final evaluation
+    seed: int | None = None  # of the episodes; null, with tasks=null: those of the run's own final evaluation
     ways: int | None = None  # classes in a task, for learners whose head is not fixed; null: as in the run
     shots: int | None = None  # support examples a class; null: as in the run
     distinct_characters: bool = False  # of Omniglot: no two classes of a task are turns of one character
     test_augment: int = 1  # copies of a task, all but one deformed as in the run's training, that are averaged
     inner_steps: int | None = None  # steps of adaptation; null: as in the run
-    tasks: int = 20  # tasks evaluated at once
+    tasks: int | None = None  # evaluated at once; decides which tasks are drawn; null: trainer.eval_tasks of the run
     device: str = "auto"  # auto: cuda where there is one | cpu | cuda
     root: str | None = None  # folder of Omniglot where it is not that of the run; null: as in the run
     run_dir: str = MISSING  # where evaluation_<tasks>.json is written; the run's own folder is one

@@ -1,4 +1,6 @@
-"""The schema of how a task is learnt: learner, inner optimiser, adjoint, attention. Part of `experiments.config`."""
+"""The schema of how a task is learnt: learner, inner optimiser, adjoint, attention. Part of `experiments.config`.
+
+Which option reads which setting is in `experiments.reads`: one that it does not read is refused."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -97,7 +99,7 @@ class AdjointConfig:
     """How to differentiate through the inner steps."""
 
     kind: AdjointKind = AdjointKind.unrolled  # the gradients of unrolled, mixed_mode and higher are equal
-    checkpoint_every: int | None = None  # unrolled: steps whose activations are computed again together; null: stored
+    checkpoint_every: int | None = None  # unrolled, mixed_mode: steps that are taken again together; null: stored
     steps: int = 1  # truncated: the last inner steps that are differentiated
     solver: SolverKind = SolverKind.cg  # implicit: cg refuses negative curvature, minres takes it
     iterations: int | None = None  # implicit: of the solver, and what they give is taken; null: to its tolerance

@@ -26,14 +26,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from experiments import deq_config, deq_gradient, deq_network, errors, store, tracking
+from experiments import deq_config, deq_gradient, deq_network, errors, folder, store, tracking
 from experiments.deq_config import DeqConfig, TrainingConfig
 from experiments.deq_network import Classifier, Digits
-from experiments.evaluation import estimate
+from experiments.protocols import wilson
 from theria.meta.solvers import SolverError
 from theria.nn.equilibrium import DeepEquilibrium
 from theria.testing.machine import machine
 
+PROGRAM = "experiments.deq"
 SAMPLES = 1797  # of scikit-learn's digits
 
 
@@ -41,20 +42,25 @@ def run(settings: DeqConfig, run_dir: Path, overrides: list[str]) -> dict[str, A
     """One run; what it leaves is in `run_dir`. Returns what results.json holds.
 
     Raises:
-        errors.UserError: a setting that does not fit.
+        errors.UserError: a setting that does not fit, or a directory with the files of another run.
         errors.NonFiniteError: a loss that is not finite, or an equilibrium that is not reached.
     """
     check(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with folder.held(run_dir):
+        folder.check_unused(run_dir)
+        return _run(settings, run_dir, overrides)
+
+
+def _run(settings: DeqConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(container))
     lines = tracking.JsonLines(run_dir / tracking.METRICS, 0)
     begun = time.monotonic(), time.process_time()
     trained = [_train_all(settings, seed, lines) for seed in settings.seeds]
     results = {
-        "command": shlex.join(["python", "-m", "experiments.deq", *(o for o in overrides if "run_dir=" not in o)]),
+        "command": shlex.join(["python", "-m", PROGRAM, *(o for o in overrides if "run_dir=" not in o)]),
         "networks": {name: _summary([seed["networks"][name] for seed in trained]) for name in trained[0]["networks"]},
         "gradient": trained[0]["gradient"],
         "samples": {"train": settings.training.samples, "test": SAMPLES - settings.training.samples},
@@ -106,6 +112,10 @@ def _check_sizes(settings: DeqConfig) -> None:
     network, training, gradient = settings.network, settings.training, settings.gradient
     if not settings.seeds:
         raise errors.UserError("seeds=[]: needed is at least one")
+    if len({*settings.seeds}) < len(settings.seeds):
+        raise errors.UserError(
+            f"seeds={settings.seeds}: a seed is repeated, which trains the same network: give each once"
+        )
     if not max(training.batch, gradient.batch) <= training.samples < SAMPLES:
         raise errors.UserError(
             f"training.samples={training.samples}: needed is a number from the size of a batch to {SAMPLES - 1}, so "
@@ -203,12 +213,16 @@ def _depth(network: Classifier, data: Digits) -> dict[str, int]:
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One network over the seeds: the accuracy over all test images, the other figures of each."""
-    accuracy = estimate(torch.cat([run["correct"] for run in runs]))
+    """One network over the seeds: the mean of their accuracies, and the figures of each.
+
+    An interval is of one seed, over the images of its test set: those of two seeds overlap.
+    """
+    correct = [run["correct"] for run in runs]
+    each = [float(of_seed.mean()) for of_seed in correct]
     return {
-        "test_accuracy": accuracy.mean,
-        "test_accuracy_ci95": accuracy.half_width,
-        "test_accuracy_of_each_seed": [float(run["correct"].mean()) for run in runs],
+        "test_accuracy": sum(each) / len(each),
+        "test_accuracy_of_each_seed": each,
+        "test_accuracy_wilson95_of_each_seed": [[*wilson(int(of_seed.sum()), len(of_seed))] for of_seed in correct],
         "parameters": runs[0]["parameters"],
         "training_processor_seconds": [round(run["processor_seconds"], 2) for run in runs],
         "step_peak_mib": runs[0]["step_peak_mib"],
@@ -237,7 +251,7 @@ def entry(cfg: DictConfig) -> None:
 
 def main() -> None:
     deq_config.register()
-    errors.run(entry)
+    errors.run(entry, PROGRAM)
 
 
 if __name__ == "__main__":

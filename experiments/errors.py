@@ -116,12 +116,19 @@ def _no_folder(error: OSError) -> bool:
     return any(Path(error.filename) in (folder, *folder.parents) for folder in folders)
 
 
-def run(entry: Callable[[], None]) -> None:
-    """Call a `hydra.main` function; turn errors that a user can mend into one message on stderr and an exit code."""
+def run(entry: Callable[[], None], program: str | None = None) -> None:
+    """Call a `hydra.main` function; turn errors that a user can mend into one message on stderr and an exit code.
+
+    Args:
+        program: its module, where it runs experiments of `configs/experiment`.
+    """
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a message of its own
     try:
         check_arguments(sys.argv[1:])
+        if program is not None:
+            check_experiment(sys.argv[1:], program)
+        sys.argv[1:] = launch.arranged(sys.argv[1:])
         entry()
     except UserError as error:
         if launch.is_other() and (error.common or FROM_FIRST in getattr(error, "__notes__", ())):
@@ -132,7 +139,7 @@ def run(entry: Callable[[], None]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if verbose:
             raise
-        message, code = explain(error), UserError.exit_code
+        message, code = explain(error, program), UserError.exit_code
     except SolverError as error:
         if verbose:
             raise
@@ -165,17 +172,44 @@ def unsolved(reason: str) -> str:
     return f"{reason}. The settings of adjoint=implicit: {settings}"
 
 
-def explain(error: Exception) -> str:
-    """One message for an error of Hydra or OmegaConf, with the nearest valid name where a name is wrong."""
+def program_of(experiment: str) -> str | None:
+    """The module that an experiment is run with, by the command at its top; None where there is no such experiment."""
+    from experiments.store import CONFIG_DIR
+
+    path = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml")
+    found = re.search(r"^# python -m (\S+)", path.read_text(), re.MULTILINE) if path.is_file() else None
+    return found and found[1]
+
+
+def check_experiment(arguments: Sequence[str], program: str) -> None:
+    """Refuse an experiment of another program.
+
+    Raises:
+        UserError: with the command that runs it.
+    """
+    given = _given(arguments).get("experiment", "").strip("'\"")
+    owner = program_of(given)
+    if owner not in (None, program):
+        raise UserError(f"experiment={given}: it is of another program: python -m {owner} experiment={given}")
+
+
+def explain(error: Exception, program: str | None = None) -> str:
+    """One message for an error of Hydra or OmegaConf, with the nearest valid name where a name is wrong; of experiments
+    those of the program, where one is given."""
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "experiment":
+            return f"{group}={name}: there is no such {group}; {nearest(name, _experiments(program, error.options))}"
         return f"{group}={name}: there is no such {group}; {nearest(name, error.options)}"
     if isinstance(cause, OmegaConfBaseException):
         return _explain_value(cause)
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown:
-        return f"{unknown[1]}: there is no such name; {nearest(unknown[1], _groups_and_keys())}"
+        known = _groups_and_keys()
+        if unknown[1] in known:
+            return f"{unknown[1]}: {program or 'this program'} has no such setting; --help lists those that it has"
+        return f"{unknown[1]}: there is no such name; {nearest(unknown[1], known)}"
     return " ".join(str(error).split("\n"))
 
 
@@ -187,6 +221,10 @@ def _explain_value(error: OmegaConfBaseException) -> str:
         prefix = key[: len(key) - len(str(error.key))]  # (`in` without keys() misses what has no value yet)
         return unknown_setting(key, [f"{prefix}{name}" for name in error.parent_node])
     return f"{key}: {(error.msg or str(error)).splitlines()[0]}"
+
+
+def _experiments(program: str | None, options: Iterable[str]) -> list[str]:
+    return [option for option in options if program is None or program_of(option) == program]
 
 
 def _groups_and_keys() -> list[str]:

@@ -6,6 +6,9 @@ python -m experiments.evaluate checkpoint=... ways=20 test_augment=16       othe
 python -m experiments.evaluate checkpoint=... distinct_characters=true      no character of Omniglot twice in a task
 python -m experiments.evaluate checkpoint=outputs/mine ways=5 shots=5 run_dir=outputs/mine     written beside the run
 torchrun --nproc-per-node=4 -m experiments.evaluate ...    the same figures, the episodes shared by four processes
+
+Episodes are those of the run's own final evaluation unless seed=... or tasks=... is given: they are drawn tasks=... at
+a time, so that another number draws other ones.
 """
 
 import json
@@ -47,6 +50,7 @@ def evaluate_checkpoint(settings: EvaluateConfig, run_dir: Path, ranks: Processe
 
     Raises:
         errors.UserError: no readable checkpoint, or settings that its run cannot be evaluated with.
+        errors.NonFiniteError: a prediction is not finite.
     """
     begun = time.monotonic()
     check(settings)
@@ -83,7 +87,7 @@ def _tasks(settings: EvaluateConfig, run: Config) -> dict[str, Any]:
         "distinct_characters": settings.distinct_characters,
         "queries": 1 if official else task.queries,
         "seed": run.seed if settings.seed is None else settings.seed,
-        "tasks": settings.tasks,
+        "tasks": tasks_of(settings, run),
     }
 
 
@@ -157,6 +161,28 @@ def task_of(settings: EvaluateConfig, run: Config) -> TaskConfig:
     return replace(run.task, **changes)
 
 
+def tasks_of(settings: EvaluateConfig, run: Config) -> int:
+    """The number of tasks evaluated at once, which decides the draws."""
+    return run.trainer.eval_tasks if settings.tasks is None else settings.tasks
+
+
+def check_enough(settings: EvaluateConfig, run: Config, subset: str) -> None:
+    """Refuse more shots than there are images, in the settings of an evaluation.
+
+    Raises:
+        errors.UserError: with the most that there are.
+    """
+    task = run.task
+    if not isinstance(task, FewShotConfig) or settings.shots is None or subset not in build.SUBSETS:
+        return
+    most = int(build.build_dataset(task, subset).counts.min()) - task.queries
+    if settings.shots > most:
+        raise errors.UserError(
+            f"shots={settings.shots}: needed is at most {most}: a class of subset={subset} has {most + task.queries} "
+            f"images, and the run's task.queries={task.queries} of them are asked for"
+        )
+
+
 def _episodes(
     settings: EvaluateConfig, run: Config, learned: dict[str, Any], copies: Copies | None, ranks: Processes
 ) -> tuple[Evaluation, Learner]:
@@ -164,12 +190,17 @@ def _episodes(
     task = task_of(settings, run)
     subset = SUBSET if settings.subset is None else settings.subset
     distinct = settings.distinct_characters
-    drawn: dict[str, Any] = {"tasks": settings.tasks, "seed": settings.seed, "distinct_characters": distinct}
-    source = build.build_source(replace(run, task=task), subset, **drawn)
+    drawn: dict[str, Any] = {"tasks": tasks_of(settings, run), "seed": settings.seed, "distinct_characters": distinct}
+    try:
+        source = build.build_source(replace(run, task=task), subset, **drawn)
+    except errors.UserError:
+        check_enough(settings, run, subset)
+        raise
     learner = _learner(settings, run, learned, task.ways if isinstance(task, FewShotConfig) else None)
     episodes = EPISODES if settings.episodes is None else settings.episodes
     options = {"episodes": episodes, "subset": subset, "copies": copies, **_options(run, ranks)}
-    return evaluate(learner, source, **options), learner
+    advice = "Lower the inner steps, inner_steps=..., or train with a lower inner.lr"
+    return evaluate(learner, source, **options).require_finite(advice), learner
 
 
 def _one_shot(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.errors import NonFiniteError
 from experiments.learners import Learner, sequence, takes_steps
 from experiments.tracking import json_value
 from theria.data import Augment, Episode, TaskSource
@@ -38,7 +39,9 @@ class Estimate:
 class Evaluation:
     """Figures on one subset. `curve` holds an estimate a point of `axis`; its last point is the result.
 
-    `copies` is the number of copies of each task that were averaged, `protocols` the records of further evaluations.
+    `copies` is the number of copies of each task that were averaged, `protocols` the records of further evaluations,
+    `lost` the number of episodes, point by point, with a prediction that is not finite: each counts as wrong
+    throughout, and leaves no mean squared error.
     """
 
     subset: str
@@ -47,6 +50,7 @@ class Evaluation:
     curve: list[Estimate]
     copies: int = 1
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lost: tuple[int, ...] = ()
 
     @property
     def after(self) -> Estimate:
@@ -73,10 +77,30 @@ class Evaluation:
         without = "without adaptation" if self.axis == "inner steps" else "with no context"
         return f"{line}; {without} {self.before.text(percent)}"
 
+    def nonfinite(self) -> str:
+        """How many episodes have a prediction that is not finite, and where; "" for none."""
+        points = [i for i, count in enumerate(self.lost) if count]
+        if not points:
+            return ""
+        where = f" at {self.axis} {', '.join(map(str, points))}" if self.axis else ""
+        return f"{max(self.lost)} of {self.after.n} episodes have predictions that are not finite{where}"
+
+    def require_finite(self, advice: str) -> "Evaluation":
+        """Itself, if it is a figure to report.
+
+        Raises:
+            NonFiniteError: a prediction is not finite, at whatever point of the curve; with `advice`.
+        """
+        if self.nonfinite():
+            raise NonFiniteError(f"{self.subset}: {self.nonfinite()}, so that there is no figure.\n{advice}")
+        return self
+
     def scalars(self) -> dict[str, float]:
         """For the tracker: the figures of the subset, and the curve under `inner/`."""
         name = f"{self.subset}/{self.metric}"
         values = {name: self.after.mean, f"{name}_ci95": self.after.half_width}
+        if any(self.lost):
+            values[f"{self.subset}/nonfinite"] = max(self.lost)
         if self.before is not None:
             values[f"{name}_before"] = self.before.mean
             points = {f"inner/{self.subset}_{self.metric}_{i}": point.mean for i, point in enumerate(self.curve)}
@@ -140,10 +164,14 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def task_metric(prediction: Tensor, target: Tensor) -> Tensor:
-    """(T,) figure of each task: accuracy for integer targets (T, Q), mean squared error for real ones (T, Q, 1)."""
+    """(T,) figure of each task: accuracy for integer targets (T, Q), mean squared error for real ones (T, Q, 1).
+
+    It is not finite where a prediction is not: the largest entry of NaN would be the first class.
+    """
     if target.is_floating_point():
         return (prediction - target).square().flatten(1).mean(1)
-    return (prediction.argmax(-1) == target).double().mean(1)
+    right = (prediction.argmax(-1) == target).double().mean(1)
+    return right.where(prediction.isfinite().flatten(1).all(1), math.nan)
 
 
 def metric_name(episode: Episode) -> str:
@@ -232,5 +260,7 @@ def evaluate(
     curve, metric = curves(
         learner, source, episodes=episodes, steps=steps, alive=alive, copies=copies, processes=processes
     )
-    points = [estimate(point) for point in curve]
-    return Evaluation(subset, metric, curve_axis(learner), points, 1 if copies is None else copies.number)
+    lost = tuple((~curve.isfinite()).sum(1).tolist())
+    points = [estimate(point) for point in (curve.nan_to_num(0.0) if metric == "accuracy" else curve)]
+    number = 1 if copies is None else copies.number
+    return Evaluation(subset, metric, curve_axis(learner), points, number, lost=lost)

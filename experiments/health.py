@@ -11,6 +11,8 @@ from theria import meta
 from theria.data import Episode
 from theria.meta.distributed import ALONE, Processes
 from theria.meta.implicit_adjoint import Implicit
+from theria.meta.maml_plus_plus import MAMLPlusPlus
+from theria.meta.reptile import Reptile
 from theria.meta.solvers import SolverError
 
 
@@ -66,12 +68,13 @@ def bad_task(learner: Learner, episode: Episode) -> BadTask | None:
 def meta_gradients(learner: Learner, episode: Episode, processes: Processes = ALONE) -> tuple[Tensor, Tensor] | None:
     """(P,) the full meta-gradient of an episode, and what is left when the inner gradients are taken as constants.
 
-    None for learners without inner steps. Every `.grad` stays as it is. All processes call it, each with all tasks.
+    None for learners without inner steps, and for Reptile, which differentiates none. MAML++ is taken as it is after
+    its first-order epochs. Every `.grad` stays as it is. All processes call it, each with all tasks.
 
     Raises:
         RuntimeError: in every process when one of them fails, so that none waits for it; alone, the error itself.
     """
-    if not takes_steps(learner):
+    if not takes_steps(learner) or isinstance(learner, Reptile):
         return None
     own = learner.adjoint
     adjoints = (meta.Unrolled() if isinstance(own, meta.FirstOrder) else own, meta.FirstOrder())
@@ -98,7 +101,7 @@ def rounding(learner: Learner, episode: Episode, dtype: torch.dtype) -> float | 
 
 
 def second_order_share(learner: Learner, episode: Episode, processes: Processes = ALONE) -> float | None:
-    """`share` of the meta-gradients of an episode; None for learners without inner steps."""
+    """`share` of the meta-gradients of an episode; None where `meta_gradients` is."""
     pair = meta_gradients(learner, episode, processes)
     return None if pair is None else share(*pair)
 
@@ -117,7 +120,8 @@ def cosine(full: Tensor, first: Tensor) -> float | None:
 
 def _gradient(learner: Learner, episode: Episode, adjoint: Any) -> Tensor:
     """The meta-gradient of an episode as one vector, by this adjoint."""
-    with attributes(learner, adjoint=adjoint):
+    changes = {"first_order_epochs": 0} if isinstance(learner, MAMLPlusPlus) else {}  # in them it uses another adjoint
+    with attributes(learner, adjoint=adjoint, **changes):
         return _trainable_gradient(learner, episode)
 
 

@@ -90,8 +90,6 @@ def build(
         ValueError: for settings that do not go together.
     """
     kind, tasks = config.kind, {"chunk_size": config.chunk_size}
-    if config.adapt is not None and kind not in _PARTIAL:
-        raise ValueError(f"adapt={config.adapt} is not for learner={kind.value}: give learner.adapt=null")
     steps: dict[str, Any] = {"steps": inner.steps, **tasks}
     exact = {"adjoint": build_adjoint(adjoint), **steps}
     match kind:
@@ -126,16 +124,6 @@ def build(
     raise ValueError(f"learner={kind.value} is not built around a network: give model=incontext")
 
 
-_PARTIAL = (
-    LearnerKind.maml,
-    LearnerKind.metasgd,
-    LearnerKind.maml_plus_plus,
-    LearnerKind.imaml,
-    LearnerKind.proto_maml,
-    LearnerKind.unicorn_maml,
-)
-
-
 def optimiser(inner: InnerConfig, **changes: Any) -> InnerOptimiser:
     """The inner optimiser, with other rates where they are given."""
     rates: dict[str, Any] = {"lr": inner.lr, "learn_lr": inner.learn_lr, **changes}
@@ -156,7 +144,7 @@ def build_adjoint(config: AdjointConfig) -> meta.Adjoint:
         case AdjointKind.unrolled:
             return meta.Unrolled(config.checkpoint_every)
         case AdjointKind.mixed_mode:
-            return meta.MixedMode()
+            return meta.MixedMode(config.checkpoint_every)
         case AdjointKind.first_order:
             return meta.FirstOrder()
         case AdjointKind.truncated:

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.config import Config, OmniglotConfig, ProtocolKind, TaskConfig
-from experiments.errors import UserError, nearest
+from experiments.errors import NonFiniteError, UserError, nearest
 from experiments.evaluation import Z_95, Copies, curves
-from experiments.learners import Learner
+from experiments.learners import Learner, takes_steps
 from theria.data import Episode
 from theria.meta.distributed import ALONE, Processes
 
@@ -154,8 +154,19 @@ def one_shot(
     copies: Copies | None = None,
     processes: Processes = ALONE,
 ) -> OneShot:
-    """The learner, of 20 ways and in evaluation mode, in the official test. The arguments are those of `evaluate`."""
+    """The learner, of 20 ways and in evaluation mode, in the official test. The arguments are those of `evaluate`.
+
+    Raises:
+        NonFiniteError: a prediction is not finite.
+    """
     number, answers = runs.episode.query_y.shape
     shares, _ = curves(learner, runs, episodes=number, steps=steps, alive=alive, copies=copies, processes=processes)
+    lost = int((~shares[-1].isfinite()).sum())
+    if lost:
+        after = f" after {steps} inner steps" if takes_steps(learner) else ""
+        raise NonFiniteError(
+            f"the one-shot test: {lost} of {number} runs have predictions that are not finite{after}, so that there is "
+            "no figure: lower the inner rate or the inner steps"
+        )
     wrong = tuple(round(answers * (1 - share)) for share in shares[-1].tolist())
     return OneShot(wrong, answers, 1 if copies is None else copies.number)

@@ -1,13 +1,17 @@
 """Going on where a run stopped: which differences of the configuration are harmless, and the command that does it."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from experiments import launch
 from experiments.config import Config, Schedule
 from experiments.errors import UserError
+from experiments.reads import unread
 from experiments.store import complete, container
 
 # What decides no parameter: it may differ between the parts of a resumed run.
@@ -49,12 +53,13 @@ FREE = {
 def check_same(config: Config, saved: dict[str, Any], checkpoint: Path) -> None:
     """Refuse to go on under settings that would have led elsewhere.
 
-    A setting that is younger than the checkpoint had, when it was written, the effect of its default in the schema.
+    A setting that is younger than the checkpoint had, when it was written, the effect of its default in the schema; one
+    that the run does not read has none.
 
     Raises:
         UserError: with every setting that differs, its value in the checkpoint and now.
     """
-    free = FREE | ({"trainer.steps"} if config.trainer.schedule is Schedule.constant else set())
+    free = FREE | unread(config) | ({"trainer.steps"} if config.trainer.schedule is Schedule.constant else set())
     now, before = _flat(container(config)), _flat(complete(saved))
     differ = [
         f"{key}: {before.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
@@ -71,12 +76,25 @@ def check_same(config: Config, saved: dict[str, Any], checkpoint: Path) -> None:
 
 def command(overrides: Sequence[str], run_dir: Path) -> str:
     """What to type to go on, with as many processes as now."""
-    return f"{whole(overrides)} {shlex.join([f'run_dir={run_dir}', 'trainer.resume=true'])}"
+    return f"{whole(overrides)} {shlex.join([f'run_dir={quoted(run_dir)}', 'trainer.resume=true'])}"
+
+
+def evaluation(run_dir: Path) -> str:
+    """What to type to evaluate a run again."""
+    return shlex.join(["python", "-m", "experiments.evaluate", f"checkpoint={quoted(run_dir)}"])
+
+
+def quoted(path: Path) -> str:
+    """A path as the value of one of Hydra's overrides, whose grammar has a meaning for most signs."""
+    value = str(path)
+    if re.fullmatch(r"[\w.-]*(/[\w.-]*)+", value, re.ASCII):
+        return value
+    return QuotedString(value, Quote.single).with_quotes()
 
 
 def whole(overrides: Sequence[str]) -> str:
     """What to type to have the same run from the start."""
-    kept = [item for item in overrides if item.split("=")[0].lstrip("+") not in ("run_dir", "trainer.resume")]
+    kept = [item for item in overrides if item.split("=")[0].lstrip("+") not in ("run_dir", "trainer.resume", "sweep")]
     return shlex.join([*launch.command("experiments.train"), *kept])
 
 

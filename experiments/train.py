@@ -9,7 +9,8 @@ torchrun --nproc-per-node=4 -m experiments.train ...       the tasks of each ste
 
 A run writes everything into its directory, outputs/<name>/<date_time> or run_dir=DIR: config.yaml (resolved), run.json
 (command, commit, versions), metrics.jsonl, checkpoints/ (the last two), pictures/, results.json, wandb/. Ctrl-C and
-SIGTERM write a checkpoint and print the command that goes on; after a kill the last periodic checkpoint stands.
+SIGTERM write a checkpoint and print the command that goes on, and no later run of --multirun begins; after a kill the
+last periodic checkpoint stands. The directory is one process's at a time, and no earlier run in it is replaced.
 `trainer.resume=true run_dir=DIR` with the same settings goes on from DIR's newest readable checkpoint (from step 0
 where there is none) to the same parameters, bit by bit on a CPU, as a run that was never stopped; `trainer.resume=PATH`
 starts from another run's checkpoint in a directory of its own. Only a stop by trainer.max_minutes depends on the
@@ -27,12 +28,14 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import (
     build,
     checkpoint,
     errors,
+    folder,
     launch,
     pictures,
     processes,
@@ -43,12 +46,14 @@ from experiments import (
     tracking,
 )
 from experiments.config import Config, FewShotConfig, LinearRegressionConfig
+from experiments.config_learner import LearnerKind
 from experiments.evaluation import Evaluation
-from experiments.interrupt import SignalWatch
+from experiments.interrupt import SignalWatch, ending_sweep
 from experiments.trainer import Parts, Trainer, memory_record
 from theria.meta.distributed import ALONE, LostProcess, Processes
 from theria.testing.machine import machine
 
+PROGRAM = "experiments.train"
 VALIDATION = ("val/accuracy", "val/mse")
 
 
@@ -68,23 +73,24 @@ def train(settings: Config, run_dir: Path, overrides: list[str], ranks: Processe
     sources = processes.sources(ranks, settings)
     learner = build.build_learner(settings)
     ranks.copy_first(learner.state_dict())
-    found = ranks.first(lambda: _begin(settings, run_dir))
-    done = 0 if found is None else found[1]["step"]
-    ranks.first(lambda: provenance.record(run_dir, resume.whole(overrides), done))
-    with SignalWatch() as watch, _shown(settings, done, ranks) as shown:
-        tracker = _tracker(settings, run_dir, shown, done, ranks)
-        command = resume.command(overrides, run_dir)
-        trainer = Trainer(Parts(settings, run_dir, learner, sources, tracker, shown, watch, command, ranks))
-        if found is not None:
-            trainer.restore(found[1], ranks.first(lambda: _validated(run_dir)))
-            shown.say(f"resumed from {found[0]} at step {done}")
-        return _run(trainer, resume.whole(overrides))
+    with folder.held(run_dir, ranks):
+        found = ranks.first(lambda: _begin(settings, run_dir))
+        done = 0 if found is None else found[1]["step"]
+        ranks.first(lambda: provenance.record(run_dir, resume.whole(overrides), done))
+        with SignalWatch() as watch, _shown(settings, done, ranks) as shown:
+            _say_first_order(settings, shown)
+            tracker = _tracker(settings, run_dir, shown, done, ranks)
+            command = resume.command(overrides, run_dir)
+            trainer = Trainer(Parts(settings, run_dir, learner, sources, tracker, shown, watch, command, ranks))
+            if found is not None:
+                trainer.restore(found[1], ranks.first(lambda: _validated(run_dir)))
+                shown.say(f"resumed from {found[0]} at step {done}")
+            return _run(trainer, resume.whole(overrides))
 
 
 def _begin(settings: Config, run_dir: Path) -> tuple[Path, dict] | None:
     """The run's directory with its configuration, and where to go on from."""
     found = _checkpoint(settings, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(store.container(settings)))
     return found
 
@@ -93,6 +99,18 @@ def _shown(settings: Config, done: int, ranks: Processes) -> progress.Progress:
     if not ranks.is_first:
         return progress.Silent()
     return progress.progress(settings.trainer.display, settings.trainer.steps, done)
+
+
+def _say_first_order(settings: Config, shown: progress.Progress) -> None:
+    """Say so where all of the run lies in MAML++'s first-order epochs."""
+    learner = settings.learner
+    begins = learner.epoch_steps * learner.first_order_epochs
+    if learner.kind is LearnerKind.maml_plus_plus and begins >= settings.trainer.steps:
+        shown.say(
+            f"first order throughout: the second order of learner=maml_plus_plus begins after step {begins:,} "
+            f"(learner.epoch_steps={learner.epoch_steps} * learner.first_order_epochs={learner.first_order_epochs}), "
+            f"and trainer.steps={settings.trainer.steps}"
+        )
 
 
 def _tracker(
@@ -161,13 +179,11 @@ def _checkpoint(settings: Config, run_dir: Path) -> tuple[Path, dict] | None:
     Raises:
         errors.UserError: nothing readable there, another configuration, or a run that would overwrite an older one.
     """
-    wanted = settings.trainer.resume or (launch.is_queued() and bool(checkpoint.saved(run_dir)))
+    saved = checkpoint.saved(run_dir)
+    wanted = settings.trainer.resume or (launch.is_queued() and bool(saved))
     goes_on = wanted is True or (bool(wanted) and checkpoint.belongs(Path(str(wanted)), run_dir))
-    if checkpoint.saved(run_dir) and not goes_on:
-        raise errors.UserError(
-            f"{run_dir} holds the checkpoints of an earlier run: continue it with trainer.resume=true, or give "
-            "another run_dir"
-        )
+    if not (goes_on and saved):
+        folder.check_unused(run_dir)
     if not wanted:
         return None
     found = checkpoint.newest(run_dir, _warn) if wanted is True else checkpoint.find(Path(str(wanted)), _warn)
@@ -185,9 +201,11 @@ def _validated(run_dir: Path) -> int:
 
 
 def objective(run_dir: Path) -> float:
-    """What a sweep optimises: the figure of the last validation; NaN where there was none."""
+    """What a sweep optimises: the figure of the last validation, a mean squared error that is not finite as infinity;
+    NaN where there was none."""
     rows = tracking.read(run_dir / tracking.METRICS)
-    return next((row[key] for row in reversed(rows) for key in VALIDATION if key in row), math.nan)
+    found = next((row[key] for row in reversed(rows) for key in VALIDATION if key in row), math.nan)
+    return math.inf if found is None else found
 
 
 def check_sweep(settings: Config, sweeper: DictConfig) -> None:
@@ -215,7 +233,10 @@ def entry(cfg: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     settings = store.to_object(cfg)
     check_sweep(settings, hydra_config.sweeper)
-    with processes.joined(settings.trainer.device, settings.trainer.process_timeout) as ranks:
+    with (
+        ending_sweep(hydra_config.mode is RunMode.MULTIRUN),
+        processes.joined(settings.trainer.device, settings.trainer.process_timeout) as ranks,
+    ):
         run_dir = processes.directory(ranks, hydra_config.runtime.output_dir)
         train(settings, run_dir, list(hydra_config.overrides.task), ranks)
         return objective(run_dir)
@@ -224,7 +245,7 @@ def entry(cfg: DictConfig) -> float:
 def main() -> None:
     store.register()
     launch.quiet_others()
-    errors.run(entry)
+    errors.run(entry, PROGRAM)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments import build, checkpoint, health, protocols, store
+from experiments import build, checkpoint, health, protocols, resume, store
 from experiments.averaging import Average
 from experiments.capture import outer_step
 from experiments.config import Config, Schedule, TrainerConfig
@@ -137,7 +137,7 @@ class Trainer:
         Raises:
             Interrupted: after a signal; the checkpoint is written and the message says how to go on.
             NonFiniteError: a loss or gradient that is not finite, and nothing was updated with it; or a parameter
-                that is not finite when a checkpoint is due.
+                that is not finite when a checkpoint is due; or a prediction of the test.
             LostProcess: another process is gone or hangs.
         """
         if self.step == 0:
@@ -152,6 +152,8 @@ class Trainer:
                 self.save()
             self.alive()
         self.save()
+        if self.trainer.val_every and self.validated < self.step:  # wherever training ended: the last is of its end
+            self.validate()
         return self.test()
 
     def alive(self) -> None:
@@ -300,6 +302,8 @@ class Trainer:
         self._mark = (self._mark[0], self._mark[1] + time.monotonic() - begun)
         self.validated = self.step
         self.say(f"step {self.step}: {result.text()}")
+        if lost := result.nonfinite():
+            self.say(f"step {self.step}: {lost}" + (", and count as wrong" if result.metric == "accuracy" else ""))
 
     def test(self) -> Evaluation:
         self.say(f"evaluating on {self.trainer.test_episodes} test episodes")
@@ -324,6 +328,11 @@ class Trainer:
             result = evaluate(learner, source, episodes=episodes, subset=subset, copies=copies, **self._options())
         finally:
             learner.train()
+        if subset == "test":
+            result.require_finite(
+                f"The parameters are in {self._last_good()}. Lower inner.lr or inner.eval_steps, or evaluate them "
+                f"after fewer inner steps: {resume.evaluation(self.parts.run_dir)} inner_steps=..."
+            )
         self.parts.tracker.scalars(self.step, result.scalars())
         return result
 

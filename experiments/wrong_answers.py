@@ -2,7 +2,8 @@
 
     python -m experiments.wrong_answers RUN_DIR --ways 5 --shots 5 --episodes 10000 --out wrong.json
 
-The tasks are those of `python -m experiments.evaluate` with the same sizes and the run's own seed. An image and its
+The episodes are those of `python -m experiments.evaluate` with the same sizes and the run's own seed: --tasks decides
+which are drawn. An image and its
 quarter turns, where these are classes of their own, are counted as one.
 """
 
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from experiments import averaging, build, checkpoint, evaluate
 from experiments.config import Config, EvaluateConfig, FewShotConfig
-from experiments.errors import UserError
+from experiments.errors import NonFiniteError, UserError
 from experiments.evaluation import predictions
-from theria.data import ClassDataset, EpisodeSampler
+from theria.data import ClassDataset, Episode, EpisodeSampler
 from theria.testing.machine import machine
 
 Image = tuple[str, int]  # its class as it was drawn, its number there
@@ -46,7 +47,11 @@ def key(image: Tensor) -> bytes:
 
 
 def wrong_answers(run: Config, learned: dict[str, Any], tasks: int, episodes: int) -> tuple[Counter[Image], int]:
-    """How often each image was answered wrongly, and the number of answers."""
+    """How often each image was answered wrongly, and the number of answers.
+
+    Raises:
+        NonFiniteError: a prediction is not finite.
+    """
     source = build.build_source(run, "test", tasks=tasks)
     assert isinstance(source, EpisodeSampler)
     assert isinstance(run.task, FewShotConfig)
@@ -54,8 +59,14 @@ def wrong_answers(run: Config, learned: dict[str, Any], tasks: int, episodes: in
     known, wrong, answers = images_of(source.dataset), Counter[Image](), 0
     with torch.no_grad():
         for step in range(-(-episodes // tasks)):
-            episode = source.sample(step)
-            given = predictions(learner, episode, run.inner.evaluated_steps)[-1].argmax(-1)
+            episode = Episode(*(field[: episodes - step * tasks] for field in source.sample(step)))
+            scores = predictions(learner, episode, run.inner.evaluated_steps)[-1]
+            if not bool(scores.isfinite().all()):
+                raise NonFiniteError(
+                    f"predictions after {run.inner.evaluated_steps} inner steps are not finite, so that there are no "
+                    "answers: train with a lower inner.lr, or look at fewer steps with experiments.evaluate"
+                )
+            given = scores.argmax(-1)
             answers += given.numel()
             wrong.update(known[key(x)] for x in episode.query_x[given != episode.query_y])
     return wrong, answers
@@ -75,27 +86,33 @@ def configured(state: dict[str, Any], settings: EvaluateConfig) -> Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for what the caller can mend."""
+    """Returns the exit status: 0; 2 for what the caller can mend; 3 for predictions that are not finite."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="the directory of a run, or a checkpoint")
     parser.add_argument("--ways", type=int, help="default: the run's own")
     parser.add_argument("--shots", type=int, help="default: the run's own")
     parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--tasks", type=int, default=20, help="evaluated at once")
+    parser.add_argument("--tasks", type=int, help="evaluated at once; decides the draws; default: the run's own")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--show", type=int, default=12, metavar="N", help="images that are listed")
     parser.add_argument("--out", type=Path, help="a JSON file for all of them")
     options = parser.parse_args(arguments)
+    if options.show < 0:
+        parser.error(f"--show {options.show}: needed is at least 0")
+    if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
+        parser.error(f"--out {options.out}: needed is a file in a folder that is there")
     sizes = {name: getattr(options, name) for name in ("ways", "shots", "episodes", "tasks", "device")}
     settings = EvaluateConfig(checkpoint=str(options.run), **sizes)
     try:
         evaluate.check(settings)
         _, state = checkpoint.find(options.run)
         run = configured(state, settings)
-        wrong, answers = wrong_answers(run, averaging.evaluated(state), options.tasks, options.episodes)
+        wrong, answers = wrong_answers(
+            run, averaging.evaluated(state), evaluate.tasks_of(settings, run), options.episodes
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     total, ranked = wrong.total(), wrong.most_common()
     print(f"{total:,} of {answers:,} answers are wrong ({100 * total / answers:.3f} %), at {len(wrong):,} images")
     so_far = 0

@@ -346,3 +346,11 @@ def test_it_needs_python_alone(tmp_path: Path) -> None:
     assert re.fullmatch(r"page\.html: 1 run, \d+ KiB\n", done.stdout)
     assert "config.yaml was not read: needed is PyYAML" in done.stderr
     assert "97.31 % ± 0.24" in check((tmp_path / "page.html").read_text()).text
+
+
+@pytest.mark.parametrize("program", ["bilevel", "deq"])
+def test_a_run_of_another_program_is_said_to_be_one(report, tmp_path, capsys, program):
+    (tmp_path / "results.json").write_text(json.dumps({"command": f"python -m experiments.{program} experiment=x"}))
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+    assert f"is a run of experiments.{program}, and the page shows runs" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

@@ -121,7 +121,7 @@ def read_run(folder: Path) -> Run:
     """A run from its directory; what is damaged there is a note of the run.
 
     Raises:
-        ReportError: no such folder, or one without anything to show.
+        ReportError: no such folder, one without anything to show, or a run of another program than experiments.train.
     """
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such folder; needed is the directory of a run, as outputs/<name>/<date_time>")
@@ -139,6 +139,12 @@ def read_run(folder: Path) -> Run:
         raise ReportError(
             f"{folder}: holds no metrics.jsonl, results.json or evaluation_*.json that can be read{found}; needed is "
             "the directory of a run that has logged at least one line"
+        )
+    program = re.match(r"python -m experiments\.(bilevel|deq)\b", str(run.results.get("command", "")))
+    if program:
+        raise ReportError(
+            f"{folder}: is a run of experiments.{program[1]}, and the page shows runs and evaluations of "
+            "experiments.train: its figures are in results.json"
         )
     return run
 

@@ -1,6 +1,7 @@
 """Existing models, unchanged, inside ``higher_order``."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.tolerances import CUSTOM_F64
 from theria.attention import higher_order, sdpa_custom
+from theria.attention.patching import _hf_attention
 from theria.ops import UnsupportedError, sdpa
 from theria.testing import difference, make_sample
 
@@ -91,3 +93,19 @@ def test_sdpa_custom_defaults_to_the_reference() -> None:
     x = make_sample().x
     assert sdpa_custom(*x).equal(sdpa(*x, backend="reference"))
     assert sdpa_custom(*x, is_causal=True, backend="custom").equal(sdpa(*x, is_causal=True, backend="custom"))
+
+
+def test_hugging_faces_position_bias_is_added_and_what_changes_the_function_is_refused() -> None:
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3))
+    bias, seen = torch.randn(1, 3, 5, 5, dtype=torch.float64), torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    seen[1, ..., 3:] = False
+    module = torch.nn.Identity()
+    out, _ = _hf_attention(
+        module, q, k, v, seen, scaling=1.0, position_bias=bias, softcap=None, output_attentions=False
+    )
+    scores = (q @ k.mT + bias).masked_fill(~seen, -torch.inf)
+    assert difference((out.transpose(1, 2),), (scores.softmax(-1) @ v,)) < 1e-12
+    refused: list[dict[str, Any]] = [{"softcap": 50.0}, {"s_aux": torch.zeros(3)}, {"output_attentions": True}]
+    for changed in refused:
+        with pytest.raises(NotImplementedError, match=next(iter(changed))):
+            _hf_attention(module, q, k, v, None, **changed)

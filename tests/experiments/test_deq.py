@@ -106,11 +106,21 @@ def test_expansion_is_that_of_the_jacobian():
 def test_the_seed_decides_everything(composed, tmp_path):
     def accuracies(*overrides: str):
         few = ("training.steps=1", "network.layers=[1]", "gradient.unrolled=[]", "gradient.tol=1e-3")
-        networks = deq.run(composed(*FEW, *few, *overrides), tmp_path, [])["networks"]
+        networks = deq.run(composed(*FEW, *few, *overrides), tmp_path / overrides[0], [])["networks"]
         return {name: figures["test_accuracy_of_each_seed"] for name, figures in networks.items()}
 
-    both = accuracies("seeds=[1,2]")
-    assert both == {name: one + accuracies("seeds=[2]")[name] for name, one in accuracies("seeds=[1]").items()}
+    both, first, second = (accuracies(f"seeds={seeds}") for seeds in ("[1,2]", "[1]", "[2]"))
+    assert both == {name: first[name] + second[name] for name in both}
+
+
+def test_intervals_are_of_one_seed_each():
+    """Two seeds share test images and are not twice as many trials. Wilson: of 8 in 10, 0.4902 to 0.9433."""
+    figures = {"parameters": 1, "processor_seconds": 0.0, "step_peak_mib": 0.0}
+    summary = deq._summary([{"correct": (torch.arange(10) < right).double(), **figures} for right in (8, 10)])
+    assert summary["test_accuracy"] == pytest.approx(0.9)
+    assert summary["test_accuracy_of_each_seed"] == [0.8, 1.0]
+    assert summary["test_accuracy_wilson95_of_each_seed"][0] == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert "test_accuracy_ci95" not in summary
 
 
 @pytest.mark.parametrize(
@@ -126,6 +136,7 @@ def test_the_seed_decides_everything(composed, tmp_path):
         ("training.samples=1797", "left to test on"),
         ("training.samples=8", "size of a batch"),
         ("seeds=[]", "at least one"),
+        ("seeds=[1,0,1]", "a seed is repeated"),
         ("network.layer=3", "did you mean network.layers"),
     ],
 )

@@ -100,6 +100,35 @@ def test_a_folder_of_images_is_refused_where_there_are_none(run_here, tmp_path):
         evaluate_checkpoint(settings, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("program", "experiment", "owner"),
+    [
+        ("experiments.bilevel", "sinusoid_maml", "experiments.train"),
+        ("experiments.train", "hyper_cleaning", "experiments.bilevel"),
+        ("experiments.train", "deq", "experiments.deq"),
+        ("experiments.deq", "ridge_hyperparameter", "experiments.bilevel"),
+    ],
+)
+def test_an_experiment_of_another_program_is_named_with_its_command(process, program, experiment, owner):
+    done = process(program, f"experiment={experiment}")
+    assert done.returncode == 2
+    wanted = f"error: experiment={experiment}: it is of another program: python -m {owner} experiment={experiment}\n"
+    assert done.stderr == wanted
+
+
+def test_the_known_experiments_are_those_of_the_program(process):
+    done = process("experiments.train", "experiment=xxxxxxxxxxxx")
+    assert "experiment=xxxxxxxxxxxx: there is no such experiment; known: " in done.stderr
+    assert "sinusoid_maml" in done.stderr
+    assert not {"deq", "hyper_cleaning", "base"} & {*done.stderr.replace(",", " ").split()}
+
+
+def test_a_setting_of_another_program_is_not_suggested_for_itself(process):
+    done = process("experiments.bilevel", "experiment=ridge_hyperparameter", "task=glyphs")
+    assert done.returncode == 2
+    assert "task: experiments.bilevel has no such setting; --help lists those that it has" in done.stderr
+
+
 @pytest.mark.parametrize("setting", ["run_dir", "hydra.sweep.dir"])
 def test_a_file_system_that_has_no_such_folder(monkeypatch, capsys, setting):
     error = FileNotFoundError(2, "No such file or directory", "/proc/nope")

@@ -18,6 +18,7 @@ from theria.meta.imaml import IMAML
 from theria.meta.maml_plus_plus import MAMLPlusPlus
 from theria.meta.proto_maml import ProtoMAML
 from theria.meta.protonet import ProtoNet
+from theria.meta.reptile import Reptile
 
 
 # ----------------------------------------------------------------------------------------------------------- curvature
@@ -134,6 +135,30 @@ def test_share_and_cosine_are_those_of_two_quadratics():
     cosine /= math.hypot(*full.tolist()) * math.hypot(*first.tolist())
     assert found["gradient/cosine"] == pytest.approx(cosine, rel=EXACT)
     assert cosine < 0.99  # 1 - 3a is negative: the two disagree in the second entry
+
+
+def test_first_order_epochs_are_compared_with_the_second_order_that_follows_them():
+    exact: dict[str, Any] = {"multi_step_epochs": 0, "steps": 2}
+    early, late = (MAMLPlusPlus(mlp(), square, first_order_epochs=epochs, **exact) for epochs in (5, 0))
+    found = panels.gradient(early, regression())
+    assert found == pytest.approx(panels.gradient(late, regression()), rel=EXACT)
+    assert found["gradient/second_order"] > 0.01
+    assert early.first_order_epochs == 5
+
+
+def test_reptile_has_no_second_order_to_compare_with():
+    assert panels.gradient(Reptile(mlp(), square), regression()) == {}
+
+
+def test_maml_plus_plus_that_never_gets_to_its_second_order_is_told(run_here, tmp_path, capsys):
+    options = ["learner=maml_plus_plus", "learner.epoch_steps=3", "learner.first_order_epochs=2", "inner.steps=1"]
+    run_here(tmp_path / "never", *options)
+    line = (
+        "first order throughout: the second order of learner=maml_plus_plus begins after step 6 (learner.epoch_steps=3"
+    )
+    assert line in capsys.readouterr().out
+    run_here(tmp_path / "late", *options, "trainer.steps=7")
+    assert "first order throughout" not in capsys.readouterr().out
 
 
 def test_a_failure_in_another_process_is_everyones(monkeypatch):

@@ -33,6 +33,7 @@ SMALL = (
     "model.n_layers=1",
     "learner=protonet",
     "inner=sgd",
+    "inner.lr=0.1",  # its default: it is not for this learner
     "task.augment.rotation=0.2",
     "task.augment.elastic=0.05",
     "trainer.steps=2",

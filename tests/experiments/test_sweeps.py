@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 from experiments import checkpoint, errors, store, tracking
 from experiments.errors import Interrupted, UserError
-from experiments.interrupt import SignalWatch
+from experiments.interrupt import SignalWatch, ending_sweep
 from experiments.train import check_sweep, objective
 
 BUSY = 180  # seconds for what takes twenty on a machine with nothing else to do
@@ -70,6 +70,26 @@ def test_the_objective_is_the_last_validation_and_not_the_test(tmp_path):
 def test_without_a_validation_there_is_no_objective(tmp_path):
     (tmp_path / tracking.METRICS).write_text(json.dumps({"step": 3, "test/accuracy": 0.9}) + "\n")
     assert math.isnan(objective(tmp_path))
+
+
+@pytest.mark.parametrize("options", [["trainer.val_every=1000"], ["trainer.val_every=4"], ["trainer.max_minutes=1e-9"]])
+def test_the_last_validation_is_of_the_end_of_the_training(run_here, tmp_path, monkeypatch, options):
+    """Also where the time of a trial was over before a later validation than that of step 0."""
+    from experiments.trainer import Trainer
+
+    late = Trainer._out_of_time
+    monkeypatch.setattr(Trainer, "_out_of_time", lambda self: self.step > 0 and late(self))
+    run_here(tmp_path, *options)
+    last = checkpoint.step_of(checkpoint.saved(tmp_path)[-1])
+    assert last > 0
+    rows = [row for row in tracking.read(tmp_path / tracking.METRICS) if "val/mse" in row]
+    assert rows[-1]["step"] == last
+    assert objective(tmp_path) == rows[-1]["val/mse"] != rows[0]["val/mse"]
+
+
+def test_without_validations_there_is_none_at_the_end(run_here, tmp_path):
+    run_here(tmp_path, "trainer.val_every=0")
+    assert not any("val/mse" in row for row in tracking.read(tmp_path / tracking.METRICS))
 
 
 def test_the_entry_point_returns_it(tiny, tmp_path, monkeypatch):
@@ -226,6 +246,49 @@ def test_without_a_queue_terminating_is_what_it_was():
     with SignalWatch() as watch:
         os.kill(os.getpid(), signal.SIGTERM)
         assert watch.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_signal_ends_the_sweep(environment, tiny, tmp_path, order):
+    """And --multirun may stand behind the settings."""
+    slow = [
+        *tiny,
+        "debug.step_seconds=0.05",
+        "trainer.steps=100000",
+        "seed=0,1",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    arguments = ["--multirun", *slow][::order]
+    command = [sys.executable, "-m", "experiments.train", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    try:
+        deadline = time.monotonic() + BUSY
+        while not any(row["step"] >= 3 for row in tracking.read(tmp_path / "sweep/0" / tracking.METRICS)):
+            assert sweep.poll() is None, sweep.communicate()
+            assert time.monotonic() < deadline, "the run makes no steps"
+            time.sleep(0.05)
+        sweep.terminate()
+        _, said = sweep.communicate(timeout=BUSY)
+    finally:
+        sweep.kill()
+        sweep.communicate()
+    assert sweep.returncode == 143, said
+    assert "is written\nresume: python -m experiments.train" in said
+    assert said.endswith("no later run of the sweep was begun\n")
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
+def test_a_signal_too_late_for_its_run_ends_the_sweep(capsys):
+    with pytest.raises(SystemExit, match="143"), ending_sweep(True), SignalWatch():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capsys.readouterr().err == "no later run of the sweep was begun\n"
+    with ending_sweep(False), SignalWatch():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with ending_sweep(True):
+        pass
+    with pytest.raises(Interrupted), ending_sweep(False):
+        raise Interrupted("stopped", signal.SIGTERM)
 
 
 def test_an_interruption_survives_the_way_from_a_job_to_the_sweep():

@@ -10,12 +10,14 @@ import torch
 
 from experiments import wrong_answers
 from experiments.config import EvaluateConfig
+from experiments.errors import UserError
 from experiments.evaluate import evaluate_checkpoint
 from experiments.evaluation import Evaluation
 from theria.data import ClassDataset
 
 TINY = ["task=glyphs", "task.ways=20", "task.shots=1", "task.queries=2", "task.tasks=2", "trainer.val_every=0"]
 TINY += ["model=transformer_patch", "model.d_model=8", "model.n_heads=2", "model.n_layers=1", "learner=protonet"]
+TINY += ["inner.lr=0.1"]  # the default: it is not for this learner
 
 
 @pytest.fixture
@@ -39,6 +41,51 @@ def test_there_are_as_many_as_the_evaluation_of_the_same_tasks_says(run: Path, t
     assert counts == sorted(counts, reverse=True)
     printed = capsys.readouterr().out
     assert printed.startswith(f"{record['wrong']} of 120 answers are wrong")
+
+
+@pytest.mark.parametrize("episodes", ["10", "3"])
+def test_the_answers_are_of_as_many_episodes_as_asked_for(run: Path, tmp_path: Path, episodes: str, capsys) -> None:
+    out = tmp_path / "wrong.json"
+    arguments = [str(run), "--ways", "5", "--shots", "2", "--tasks", "4", "--device", "cpu"]
+    assert wrong_answers.main([*arguments, "--episodes", episodes, "--out", str(out), "--show", "0"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    record = json.loads(out.read_text())
+    options = EvaluateConfig(checkpoint=str(run), device="cpu", episodes=int(episodes), tasks=4, ways=5, shots=2)
+    result = evaluate_checkpoint(options, run)
+    assert isinstance(result, Evaluation)
+    assert record["answers"] == int(episodes) * 5 * 2
+    assert record["wrong"] == round((1 - result.after.mean) * record["answers"])
+
+
+def test_without_a_number_the_tasks_are_drawn_as_in_the_run(run: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "wrong.json"  # trainer.eval_tasks=4
+    assert wrong_answers.main([str(run), "--episodes", "8", "--device", "cpu", "--out", str(out)]) == 0
+    options = EvaluateConfig(checkpoint=str(run), device="cpu", episodes=8)
+    result, own = evaluate_checkpoint(options, run), json.loads((run / "results.json").read_text())
+    assert result.figure == own["mean"]  # trainer.test_episodes=8: the run's own final evaluation
+    record = json.loads(out.read_text())
+    assert record["wrong"] == round((1 - result.figure) * record["answers"])
+    assert json.loads((run / "evaluation_test_20w1s.json").read_text())["tasks"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--show", "-1"], "--show -1: needed is at least 0"),
+        (["--out", "nowhere/a.json"], "--out nowhere/a.json: needed is a file in a folder that is there"),
+        (["--out", "."], "--out .: needed is a file"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_work(capsys, arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        wrong_answers.main(["nothing", *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_more_shots_than_there_are_images(run: Path) -> None:
+    options = EvaluateConfig(checkpoint=str(run), device="cpu", shots=1000)
+    with pytest.raises(UserError, match=r"^shots=1000: needed is at most \d+: a class of subset=test has \d+ images"):
+        evaluate_checkpoint(options, run)
 
 
 def test_an_image_is_known_by_its_class_and_number_under_every_turn() -> None:

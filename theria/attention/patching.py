@@ -17,6 +17,8 @@ from theria.ops import sdpa
 from theria.ops.checks import resolve
 
 _NAME = "theria"
+# What Hugging Face's models pass to their attention that makes it another function, or asks for its weights.
+_CHANGES = ("softcap", "s_aux", "head_mask", "output_attentions")
 _backend: ContextVar[str | None] = ContextVar("higher_order_backend", default=None)
 
 
@@ -91,22 +93,44 @@ def _hf_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    position_bias: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Hugging Face's attention interface: (B, H, N, D) in, (B, N, H, E) out."""
+    """Hugging Face's attention interface: (B, H, N, D) in, (B, N, H, E) out.
+
+    ``position_bias`` (T5) is added to the scores, as the mask is.
+
+    Raises:
+        NotImplementedError: an argument that makes it another function (``softcap``) or asks for its weights.
+    """
+    changed = [name for name in _CHANGES if others.get(name) is not None and others[name] is not False]
+    if changed:
+        raise NotImplementedError(
+            f"attn_implementation='{_NAME}' has no {', '.join(changed)}, which {type(module).__name__} asks for: "
+            "load the model with attn_implementation='eager', or set it to None where the model allows it"
+        )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     causal = causal and attention_mask is None and query.shape[-2] > 1
     mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
     gqa = query.shape[-3] != key.shape[-3]
+    if position_bias is not None:
+        mask = _with_bias(position_bias[..., : key.shape[-2]], mask)
     out = sdpa(query, key, value, mask, dropout, causal, scale=scaling, enable_gqa=gqa)
     return out.transpose(1, 2), None
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """An additive mask of a bias and a mask."""
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
 
 def register_hf() -> str:
     """Add ``attn_implementation="theria"`` to Hugging Face transformers; returns that name.
 
     Raises:
-        ImportError: transformers is not installed or older than 4.48, which introduced the interface.
+        ImportError: transformers is not installed or older than 4.53, which introduced the masks of the interface.
     """
     try:
         from transformers import AttentionInterface  # type: ignore[import-not-found]

@@ -51,7 +51,8 @@ class Adjoint(ABC):
             steps: number of updates; with 0 the value is `params`.
 
         Raises:
-            TypeError: for `params` that are no dict of tensors, and for an optimiser that is a class.
+            TypeError: for `params` that are no dict of tensors, an optimiser that is a class, `steps` that are no int.
+            ValueError: for a negative number of steps, and for a loss that is no floating-point scalar.
         """
 
 
@@ -85,8 +86,8 @@ class Unrolled(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        check_problem(params, optimiser)
-        inner_loss, state = second_order(inner_loss), optimiser.init(params)
+        inner_loss = second_order(check_problem(inner_loss, params, optimiser, steps))
+        state = optimiser.init(params)
         if self.checkpoint_every is not None and steps:
             replay = probe(self, inner_loss, params, context, optimiser, hyper)
             for first in range(0, steps, self.checkpoint_every):
@@ -166,8 +167,8 @@ class FirstOrder(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        check_problem(params, optimiser)
-        return first_order_steps(second_order(inner_loss), params, context, optimiser, hyper, steps)[0]
+        inner_loss = second_order(check_problem(inner_loss, params, optimiser, steps))
+        return first_order_steps(inner_loss, params, context, optimiser, hyper, steps)[0]
 
 
 def first_order_steps(

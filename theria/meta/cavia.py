@@ -59,7 +59,7 @@ class CAVIA(GradientLearner):
             return self._loss(lambda: self._function(theta, x, context["context"]), y, "support set")
 
         theta = self._theta(meta_params)
-        return loss, self._start(theta), (theta, x, y), {}
+        return loss, self._start(theta), ({**theta, **self._constants}, x, y), {}
 
     @property
     def _stages(self) -> tuple[Predictor, Predictor]:

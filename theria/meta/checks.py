@@ -1,19 +1,24 @@
 """Every message of the meta-learners: what was given, what is needed, what to do."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils import _pytree as pytree
 
+from theria.data.episodes import Episode
 from theria.meta.adjoint import Adjoint
+from theria.meta.implicit.frozen import differentiating
 from theria.meta.implicit_adjoint import Identity, Implicit
+from theria.meta.levels import carries_derivative
 from theria.meta.solvers import Result, SolverError
 from theria.meta.solvers.loop import readable
-from theria.meta.values import check_optimiser, check_value
+from theria.meta.values import check_optimiser, check_undecayed, check_value
+from theria.meta.values import check_steps as check_steps
 
 Adapt = Callable[[str], bool] | str | Sequence[str] | None
 
@@ -37,10 +42,12 @@ def check_tasks(chunk_size: Any, randomness: Any) -> None:
         raise ValueError(f"chunk_size={chunk_size!r}: give the number of tasks, at least 1, or None for all at once")
 
 
-def check_inner(inner: Any, adjoint: Any) -> None:
-    """Both are values, not classes or numbers."""
+def check_inner(inner: Any, adjoint: Any, name: str = "inner") -> None:
+    """Both are values, not classes or numbers, and go together; `name` is that of the optimiser's argument."""
     check_value("adjoint", adjoint, Adjoint, "an adjoint such as MixedMode() or Unrolled()")
-    check_optimiser("inner", inner)
+    check_optimiser(name, inner)
+    if isinstance(adjoint, Implicit | Identity):
+        check_undecayed(adjoint, inner)
 
 
 def check_start(adjoint: Adjoint, learned: bool) -> None:
@@ -60,6 +67,18 @@ def check_rates(adjoint: Adjoint, inner: Any) -> None:
             f"inner={inner!r} learns rates and adjoint={adjoint!r} gives them no gradient, as a minimum does not "
             f"depend on the steps: use learn_lr=False, or another adjoint"
         )
+
+
+def check_path(adjoint: Adjoint, start: Any, hyper: Any) -> None:
+    """An implicit adjoint has no derivative in how the steps came to the minimum: none is asked for."""
+    if not isinstance(adjoint, Implicit | Identity) or not differentiating():
+        return
+    for name, tree in (("the start of the inner steps", start), ("what hyper gives the optimiser", hyper)):
+        if any(isinstance(x, Tensor) and carries_derivative(x) for x in pytree.tree_leaves(tree)):
+            raise ValueError(
+                f"{name} is being differentiated and adjoint={adjoint!r} gives it no gradient, as a minimum does not "
+                f"depend on the steps: detach it, or use another adjoint, such as Unrolled()"
+            )
 
 
 def check_positive(name: str, value: Any, hint: str) -> float:
@@ -195,41 +214,40 @@ def check_no_steps(steps: int | None, learner: str) -> int:
     return 0
 
 
-def check_steps(steps: Any, least: int) -> int:
-    """`steps`, when it is an integer of at least `least`."""
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps={steps!r} is a {type(steps).__name__}: give the number of inner steps as an int")
-    if steps < least:
-        raise ValueError(f"steps={steps}: give at least {least} inner step{'s' if least != 1 else ''}")
-    return steps
-
-
-def select(names: Sequence[str], adapt: Adapt) -> list[str]:
-    """The names that are adapted, in the order of `names`.
+def select(names: Mapping[str, str], adapt: Adapt, default: Container[str]) -> list[str]:
+    """The parameters that are adapted, in the order of `names`.
 
     Args:
-        adapt: None for all; a predicate on names; a name or names, each of a parameter or of a module whose
-            parameters are meant ("head" selects "head.weight" and "head.bias").
+        names: of every name of a parameter the one that it is given by: itself, or the first one of a shared parameter.
+        adapt: a predicate on names; a name or names, each of a parameter or of a module whose parameters are meant
+            ("head" selects "head.weight" and "head.bias"); None for those in `default`.
     """
-    if not names:
+    given = list(dict.fromkeys(names.values()))
+    if not given:
         raise ValueError("the model has no parameters: there is nothing to adapt")
-    if adapt is None:
-        return list(names)
-    if callable(adapt):
-        chosen = [name for name in names if adapt(name)]
+    if adapt is None or callable(adapt):
+        answers = {name: first in default if adapt is None else bool(adapt(name)) for name, first in names.items()}
+        chosen = {names[name] for name, answer in answers.items() if answer}
         if not chosen:
-            raise ValueError(f"adapt selects none of the parameters {_listed(names)}: make it true for at least one")
-        return chosen
+            raise ValueError(f"adapt selects none of the parameters {_listed(given)}: make it true for at least one")
+        split = next((name for name, answer in answers.items() if not answer and names[name] in chosen), None)
+        if split is not None:
+            raise ValueError(
+                f"adapt is false for {split!r} and true for another name of the same parameter, which modules share "
+                f"(the first is {names[split]!r}): make it answer alike for all names of one parameter"
+            )
+        return [name for name in given if name in chosen]
     wanted = names_of(adapt)
     if not wanted:
-        raise ValueError(f"adapt is empty: give names among {_listed(names)}, or None for all")
+        raise ValueError(f"adapt is empty: give names among {_listed(given)}, or None for all")
     for prefix in wanted:
         if not any(within(name, prefix) for name in names):
             near = get_close_matches(prefix, [*names, *(name.rpartition(".")[0] for name in names)], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             parts = dict.fromkeys(name.partition(".")[0] for name in names)
             raise ValueError(f"adapt={prefix!r} is no parameter or module; there are {_listed(parts)}{hint}")
-    return [name for name in names if any(within(name, prefix) for prefix in wanted)]
+    chosen = {first for name, first in names.items() if any(within(name, prefix) for prefix in wanted)}
+    return [name for name in given if name in chosen]
 
 
 def names_of(adapt: Any) -> list[str]:
@@ -250,18 +268,6 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_scalar(loss: Any, what: str) -> Tensor:
-    """`loss`, when it is a floating-point scalar tensor."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_fn returned a {type(loss).__name__} for the {what}: return a scalar tensor")
-    if loss.ndim or not loss.is_floating_point():
-        raise ValueError(
-            f"loss_fn returned shape {tuple(loss.shape)}, {loss.dtype} for the {what}: it has to return one "
-            f"floating-point number, such as the mean over the samples"
-        )
-    return loss
-
-
 def check_support(x: Tensor, y: Tensor) -> None:
     """One task's data: as many inputs as targets, at least one."""
     if x.ndim == 0 or y.ndim == 0 or x.shape[0] != y.shape[0] or x.shape[0] == 0:
@@ -274,9 +280,14 @@ def check_support(x: Tensor, y: Tensor) -> None:
 def is_batched(episode: Any, batched: bool | None) -> bool:
     """Whether the tensors of an episode have a leading dimension of tasks.
 
-    Inferred from the shapes when `batched` is None: targets of one dimension are one task; otherwise several tasks
-    wherever the shapes allow it. One task with (S, C, ...) inputs, (S, C) targets and as many queries as supports
-    reads as several: give `batched=False` there. Tasks of scalar inputs, (T, S), read as one: give `batched=True`.
+    Inferred when `batched` is None: an `Episode` of `theria.data` has them where its shapes allow it; targets of one
+    dimension are one task, and targets (T, S) several, of labels or numbers, wherever the shapes allow it. One task
+    with (S, C, ...) inputs, (S, C) targets and as many queries as supports reads as several: give `batched=False`
+    there. Tasks of scalar inputs, (T, S), read as one: give `batched=True`.
+
+    Raises:
+        TypeError: for what is no episode.
+        ValueError: for shapes that do not fit together, and where targets of more dimensions fit both readings.
     """
     try:
         sx, sy, qx, qy = (tuple(part.shape) for part in episode)
@@ -287,6 +298,12 @@ def is_batched(episode: Any, batched: bool | None) -> bool:
     one = _consistent(sx, sy, qx, qy, 0)
     many = len(sy) > 1 and sx[:1] == sy[:1] == qx[:1] == qy[:1] and _consistent(sx, sy, qx, qy, 1)
     if batched is None:
+        if one and many and len(sx) > 2 < len(sy) and not isinstance(episode, Episode):
+            raise ValueError(
+                f"episode shapes support_x {sx}, support_y {sy}, query_x {qx}, query_y {qy} are those of {sx[0]} tasks "
+                f"with {sx[1]} samples each, and of one task with {sx[0]} support and {qx[0]} query samples: give "
+                f"batched=True for several tasks, batched=False for one"
+            )
         batched = len(sx) > 2 and many
     if not (many if batched else one):
         raise ValueError(

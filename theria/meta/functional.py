@@ -1,6 +1,7 @@
 """An `nn.Module` as a pure function of its parameters.
 
-NOTE [buffers are constants]. Every forward reads copies of the buffers; the module's own are never written. So:
+NOTE [buffers are constants]. Every forward reads copies of the buffers; the module's own are never written. A learner
+takes them once for each outer loss (`constants`), so that a derivative that runs the model again reads the same. So:
 - BatchNorm normalises by the batch it is given, in training and in evaluation, as the MAML paper does ("transductive"),
   and keeps no running average; with `batch_norm="running"` it uses the stored averages as constants instead.
 - A module that writes another buffer in its forward (a counter, spectral norm's vectors) raises: under `vmap` each task
@@ -10,6 +11,7 @@ NOTE [buffers are constants]. Every forward reads copies of the buffers; the mod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -22,14 +24,14 @@ from theria.meta.optimisers import Params
 from theria.nn.plain import is_plain
 
 T = TypeVar("T")
-STEM = "stem."
+STEM = "stem"
 Predictor = Callable[..., Tensor]  # (params, x) -> prediction; CAVIA's take a context after x
 
 
 def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
     """The function (params, *inputs) -> module(*inputs) with these parameters.
 
-    Shared parameters are given once, by their first name.
+    Shared parameters are given once, by their first name. Buffers may be given among them; the others are those of now.
 
     Raises:
         ValueError: an unknown `batch_norm`, or "running" where a BatchNorm layer keeps no running statistics.
@@ -43,7 +45,7 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
                 raise ValueError(f"batch_norm='running', but layer {name!r} keeps no running statistics: give 'batch'")
 
     def predict(params: Params, *inputs: Tensor) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        buffers = {name: params.get(name, buffer).clone() for name, buffer in module.named_buffers()}
         with _statistics(module, batch_norm):
             try:
                 with _kept(module, buffers):
@@ -59,6 +61,23 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
         return out
 
     return predict
+
+
+def constants(module: nn.Module) -> Params:
+    """Copies of the buffers, to be given to its function beside its parameters."""
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def first_names(module: nn.Module, part: str = "") -> dict[str, str]:
+    """Every name of every parameter and buffer, those of a shared one too, and the name by which it is given.
+
+    Args:
+        part: only what this submodule has, by the submodule's own names.
+    """
+    given = {id(x): name for name, x in (*module.named_parameters(), *module.named_buffers())}
+    of = module.get_submodule(part)
+    named = (of.named_parameters(remove_duplicate=False), of.named_buffers(remove_duplicate=False))
+    return {name: given[id(x)] for name, x in chain(*named)}
 
 
 class _AfterStem(nn.Module):
@@ -83,11 +102,15 @@ def has_stages(module: nn.Module) -> bool:
 
 
 def stages(module: nn.Module, batch_norm: str) -> tuple[Predictor, Predictor]:
-    """The two stages of a module as functions of its parameters, by its own names: x -> stem(x) -> prediction."""
+    """The two stages of a module as functions of its parameters, by its own names: x -> stem(x) -> prediction.
+
+    A parameter that both stages have is one of both functions.
+    """
+    names = first_names(module, STEM)
     stem, rest = pure_function(module.stem, batch_norm), pure_function(_AfterStem(module), batch_norm)  # type: ignore[arg-type]
 
     def before(params: Params, x: Tensor) -> Tensor:
-        return stem({name.removeprefix(STEM): p for name, p in params.items() if name.startswith(STEM)}, x)
+        return stem({name: params[given] for name, given in names.items() if given in params}, x)
 
     def after(params: Params, tokens: Tensor) -> Tensor:
         return rest({f"whole.{name}": p for name, p in params.items()}, tokens)

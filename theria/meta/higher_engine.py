@@ -41,7 +41,7 @@ class Higher(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        check_problem(params, optimiser)
+        inner_loss = check_problem(inner_loss, params, optimiser, steps)
         higher = _import_higher()
         if not isinstance(optimiser, (SGD, Adam)):
             raise TypeError(

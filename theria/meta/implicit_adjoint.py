@@ -24,10 +24,11 @@ from theria.meta.implicit.linear_solve import ScaledIdentity, attach
 from theria.meta.implicit.rules import Stationary, Theta
 from theria.meta.levels import freeze
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
+from theria.meta.outside import Outside
 from theria.meta.solvers import CG, LinearSolver, Result
 from theria.meta.solvers.base import check_solver
 from theria.meta.solvers.loop import MAX_ITERATIONS
-from theria.meta.values import check_problem
+from theria.meta.values import check_problem, check_undecayed
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Implicit(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        request = _request(self.solver or CG(rtol=resolved(1e-6, params)), self.tolerance, self.throw)
-        return _solve(request, inner_loss, params, context, optimiser, hyper, steps)
+        solver = self.solver or CG(rtol=resolved(1e-6, params))
+        return _solve(self, solver, inner_loss, params, context, optimiser, hyper, steps)
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,7 @@ class Identity(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        request = _request(ScaledIdentity(self.scale), self.tolerance, self.throw)
-        return _solve(request, inner_loss, params, context, optimiser, hyper, steps)
-
-
-def _request(solver: LinearSolver, tolerance: float | None, throw: bool) -> Request:
-    return Request("the inner problem", math.inf if tolerance is None else tolerance, solver, throw)
+        return _solve(self, ScaledIdentity(self.scale), inner_loss, params, context, optimiser, hyper, steps)
 
 
 def _check_tolerance(tolerance: float | None) -> None:
@@ -119,7 +115,8 @@ def _check_tolerance(tolerance: float | None) -> None:
 
 
 def _solve(
-    request: Request,
+    adjoint: Implicit | Identity,
+    solver: LinearSolver,
     inner_loss: InnerLoss,
     params: Params,
     context: Context,
@@ -128,19 +125,24 @@ def _solve(
     steps: int,
 ) -> Params:
     """The steps on constants, then the derivative of a stationary point."""
-    check_problem(params, optimiser)
-    rule = Stationary(second_order(inner_loss))
+    inner_loss = second_order(check_problem(inner_loss, params, optimiser, steps))
+    check_undecayed(adjoint, optimiser, hyper)
     final, constants, hyper = freeze((params, context, hyper))
     if differentiating():
-        check_function(rule.loss, (final, context), "the inner loss")
+        outside = Outside(inner_loss)
+        with outside.watched():
+            check_function(inner_loss, (final, context), "the inner loss")
+        inner_loss = outside.repeated(inner_loss)
+    rule = Stationary(inner_loss)
     with torch.no_grad():
         state = optimiser.init(final)
         for _ in range(steps):
             grads = plain_gradient(lambda p: rule.loss(p, constants), final)
             final, state = optimiser.update(grads, state, final, hyper)
-    if math.isfinite(request.tol):
+    if adjoint.tolerance is not None:
+        request = Request("the inner problem", adjoint.tolerance, solver, adjoint.throw)
         final = _judged(request, rule, final, (constants,), steps)
-    return attach(rule, final, (context,), request.linear_solver, request.throw)
+    return attach(rule, final, (context,), solver, adjoint.throw)
 
 
 def _judged(request: Request, rule: Stationary, final: Params, constants: Theta, steps: int) -> Params:

@@ -21,16 +21,25 @@ from theria.meta.checks import (
     check_loss_fn,
     check_no_steps,
     check_rates,
-    check_scalar,
     check_steps,
     check_support,
     check_tasks,
     is_batched,
     select,
 )
-from theria.meta.functional import STEM, Predictor, as_target, has_stages, pure_function, stages
+from theria.meta.functional import (
+    STEM,
+    Predictor,
+    as_target,
+    constants,
+    first_names,
+    has_stages,
+    pure_function,
+    stages,
+)
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 from theria.meta.trajectory import trajectory
+from theria.meta.values import check_scalar
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,6 +97,11 @@ class Learner(nn.Module, ABC):
     def _function(self) -> Predictor:
         """(params, x) -> prediction, of the module that the learner holds now: a copy of the learner has its own."""
         return pure_function(self.model, self.batch_norm) if self._pure is None else self._pure
+
+    @property
+    def _constants(self) -> Params:
+        """The model's buffers of now, for what may run the model again later."""
+        return constants(self.model) if self._pure is None else {}
 
     @abstractmethod
     def _adapt(self, meta_params: Mapping[str, Tensor], x: Tensor, y: Tensor, steps: int) -> Params:
@@ -169,7 +183,9 @@ class Learner(nn.Module, ABC):
 
     def _loss(self, predict: Callable[[], Tensor], y: Tensor, what: str) -> Tensor:
         """The loss on one set of one task, by functions that can be differentiated twice."""
-        return check_scalar(second_order(lambda: self.loss_fn(predict(), as_target(y)))(), what)
+        return check_scalar(
+            second_order(lambda: self.loss_fn(predict(), as_target(y)))(), "loss_fn", f" for the {what}"
+        )
 
     def _query_loss(self, meta_params: Mapping[str, Tensor], adapted: Params, x: Tensor, y: Tensor) -> Tensor:
         return self._loss(lambda: self._predict(meta_params, adapted, x), y, "query set")
@@ -220,10 +236,16 @@ class GradientLearner(Learner):
     def _choose(self, adapt: Adapt) -> None:
         """Adapt these parameters of the model; None: all but those that are frozen."""
         initial = self._theta(dict(self.named_parameters()))
-        if adapt is None:
-            adapt = {name for name, p in initial.items() if p.requires_grad}.__contains__
-        chosen = select(list(initial), adapt)
+        chosen = select(self._all_names, adapt, {name for name, p in initial.items() if p.requires_grad})
         self._learn_rates({name: initial[name].detach() for name in chosen})
+
+    @property
+    def _all_names(self) -> dict[str, str]:
+        """Of every name of a parameter of the model the one that it is given by: the first, where modules share it."""
+        own = {name: name for name in self._names.values()}
+        if self._pure is not None:
+            return own
+        return {name: first for name, first in first_names(self.model).items() if first in own}
 
     def _learn_rates(self, values: Params) -> None:
         """The inner steps start from values like these."""
@@ -296,17 +318,19 @@ class GradientLearner(Learner):
     @property
     def _stages(self) -> tuple[Predictor, Predictor]:
         """The model as (what no inner step changes, the rest): (its stem, what follows), or (nothing, all of it)."""
-        if self._pure is None and has_stages(self.model) and not any(name.startswith(STEM) for name in self.adapted):
+        apart = self._pure is None and has_stages(self.model)
+        if apart and not any(name in self.adapted for name in first_names(self.model, STEM).values()):
             return stages(self.model, self.batch_norm)
         return lambda params, x: x, self._function
 
     def _context(self, fixed: Params, x: Tensor, y: Tensor) -> tuple[Params, Tensor, Tensor]:
-        """What the inner steps read beside what they change: the other parameters, the data, the targets.
+        """What the inner steps read beside what they change: the other parameters and buffers, the data, the targets.
 
         The data are the outputs of the stem where nothing of it is adapted: it is evaluated, and differentiated, once a
         task and not in each step. Otherwise they are x.
         """
         before, _ = self._stages
+        fixed = {**fixed, **self._constants}
         return fixed, second_order(before)(fixed, x), y
 
     def _support_loss(self, params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:

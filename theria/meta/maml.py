@@ -77,24 +77,40 @@ class MAML(GradientLearner):
         return self._support_loss, initial, self._context(fixed, x, y), fixed
 
 
-def FOMAML(model: nn.Module | Predictor, loss_fn: LossFn, inner: InnerOptimiser | None = None, **options: Any) -> MAML:
+def FOMAML(
+    model: nn.Module | Predictor,
+    loss_fn: LossFn,
+    inner: InnerOptimiser | None = None,
+    steps: int = 1,
+    **options: Any,
+) -> MAML:
     """MAML with the inner gradients held constant: `MAML(..., adjoint=FirstOrder())`."""
-    return MAML(model, loss_fn, inner, adjoint=FirstOrder(), **options)
+    return MAML(model, loss_fn, inner, steps, FirstOrder(), **options)
 
 
 def ANIL(
     model: nn.Module | Predictor,
     loss_fn: LossFn,
     inner: InnerOptimiser | None = None,
+    steps: int = 1,
+    adjoint: Adjoint | None = None,
     *,
     head: str = "head",
     **options: Any,
 ) -> MAML:
     """MAML that adapts the classifier only (Raghu et al. 2020, arXiv 1909.09157): `MAML(..., adapt=head)`."""
-    return MAML(model, loss_fn, inner, adapt=head, **options)
+    return MAML(model, loss_fn, inner, steps, adjoint, head, **options)
 
 
-def MetaSGD(model: nn.Module | Predictor, loss_fn: LossFn, lr: float = 0.05, **options: Any) -> MAML:
+def MetaSGD(
+    model: nn.Module | Predictor,
+    loss_fn: LossFn,
+    lr: float = 0.05,
+    steps: int = 1,
+    adjoint: Adjoint | None = None,
+    adapt: Adapt = None,
+    **options: Any,
+) -> MAML:
     """MAML that learns a rate for each entry of each parameter (Li et al. 2017, arXiv 1707.09835).
 
     theta' = theta - alpha o grad L(theta) (the paper's equation 2), and the outer loss of theta' is descended in
@@ -102,6 +118,6 @@ def MetaSGD(model: nn.Module | Predictor, loss_fn: LossFn, lr: float = 0.05, **o
     meta-parameters "rates.lr.<name>"; they may become negative, as in the paper.
 
     Args:
-        lr: where all rates begin.
+        lr: where all rates begin, in the place of an inner optimiser.
     """
-    return MAML(model, loss_fn, SGD(lr, learn_lr=True), **options)
+    return MAML(model, loss_fn, SGD(lr, learn_lr=True), steps, adjoint, adapt, **options)

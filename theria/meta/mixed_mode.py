@@ -69,7 +69,7 @@ class MixedMode(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        check_problem(params, optimiser)
+        inner_loss = second_order(check_problem(inner_loss, params, optimiser, steps))
         if steps == 0:
             return params
         # Before PyTorch asks the Function below for its jvp, which under `vmap` is an AssertionError.
@@ -78,7 +78,6 @@ class MixedMode(Adjoint):
                 "MixedMode has no forward mode, and it was given a tangent (torch.func.jvp, jacfwd or hessian). "
                 "Use torch.func.grad or loss.backward(), or adjoint=Unrolled(), which has both modes"
             )
-        inner_loss = second_order(inner_loss)
         replay = probe(self, inner_loss, params, context, optimiser, hyper)
         params = unshared(params)
         tensors, layout = Layout.split((params, context, hyper))

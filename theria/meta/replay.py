@@ -1,4 +1,4 @@
-"""What an adjoint has to know of an inner loop before it runs it twice: random numbers, precision, hidden inputs."""
+"""What an adjoint has to know of an inner loop before it runs it twice: random draws, precision, what lies outside."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from theria.meta.levels import carries_derivative, first_task, freeze, mapped
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
+from theria.meta.outside import Outside
 
 
 class RandomStates:
@@ -63,16 +64,23 @@ class Replay:
     Args:
         tensors: those of the loop, whose devices matter.
         random: whether the inner loss draws random numbers.
+        outside: what the inner loss and the optimiser read that is no argument.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], random: bool) -> None:
+    def __init__(self, tensors: Sequence[Tensor], random: bool, outside: Outside) -> None:
+        self._outside = outside
         self._autocast = Autocast(tensors)
         self._random = RandomStates(tensors) if random else None
 
     @contextmanager
     def step(self, t: int) -> Iterator[None]:
-        """Everything as it was, or is, when step t runs for the first time."""
+        """Everything as it was, or is, when step t runs for the first time.
+
+        Raises:
+            RuntimeError: when a tensor that the loss reads from outside is not what it was.
+        """
         with ExitStack() as stack:
+            stack.enter_context(self._outside.again())
             stack.enter_context(self._autocast.again())
             if self._random is not None:
                 stack.enter_context(self._random.step(t))
@@ -95,22 +103,24 @@ def probe(
     """
     tensors = [leaf for leaf in pytree.tree_leaves((params, context, hyper)) if isinstance(leaf, Tensor)]
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return Replay(tensors, random=False)  # nothing is differentiated, so nothing runs twice or can be lost
+        return Replay(tensors, False, Outside())  # nothing is differentiated, so nothing runs twice or can be lost
     params, context, hyper = pytree.tree_map_only(Tensor, first_task, freeze((params, context, hyper)))
-    states = RandomStates(tensors)
+    states, outside = RandomStates(tensors), Outside(inner_loss)
     with torch.random.fork_rng(states.devices):
         before = states.current()
-        loss = inner_loss(params, context)
+        with outside.watched():
+            loss = inner_loss(params, context)
         random = not all(torch.equal(a, b) for a, b in zip(before, states.current(), strict=True))
     if carries_derivative(loss):
         raise ValueError(_LOST.format(adjoint=adjoint, what="the inner loss"))
     # A backward under another vmap would take it for that one's. Draws that differ from task to task are mapped, too.
     if mapped(loss) and not random:
         raise ValueError(_MAPPED.format(adjoint=adjoint))
-    moved = optimiser.update(params, optimiser.init(params), params, hyper)  # of any gradient, such as the parameters
+    with outside.watched():  # of any gradient, such as the parameters
+        moved = optimiser.update(params, optimiser.init(params), params, hyper)
     if any(carries_derivative(leaf) for leaf in pytree.tree_leaves(moved)):
         raise ValueError(_LOST.format(adjoint=adjoint, what="an update of the inner optimiser"))
-    return Replay(tensors, random)
+    return Replay(tensors, random, outside)
 
 
 _LOST = (

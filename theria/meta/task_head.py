@@ -72,17 +72,17 @@ class TaskHeadLearner(GradientLearner):
 
     def _choose(self, adapt: Adapt) -> None:
         """Adapt these parameters of the model and of the classifier; None: all but those that are frozen."""
-        theta = self._theta(dict(self.named_parameters()))
+        theta, names = self._theta(dict(self.named_parameters())), self._all_names
         initial = {name: p.detach() for name, p in theta.items()}
         if not initial:
             raise ValueError("the model has no parameters: there is no embedding to learn")
-        taken = [name for name in (WEIGHT, BIAS) if name in initial]
+        taken = [name for name in (WEIGHT, BIAS) if name in names]
         if taken:
             raise ValueError(
                 f"the model has parameters {taken}, names that the classifier made for each task needs: give the "
                 f"embedding, a model without its last layer (model.head = nn.Identity())"
             )
-        own = next((name for name in initial if within(name, HEAD)), None)
+        own = next((name for name in names if within(name, HEAD)), None)
         if own is not None and adapt is not None and not callable(adapt) and HEAD in names_of(adapt):
             raise ValueError(
                 f"adapt={adapt!r}: {HEAD!r} is the classifier made for each task, and the model has {own!r} of its "
@@ -91,10 +91,8 @@ class TaskHeadLearner(GradientLearner):
         like = next(iter(initial.values()))
         # One entry: what broadcasts to every number of classes, and treats them alike.
         head = {WEIGHT: like.new_zeros(1, 1), BIAS: like.new_zeros(1)}
-        if adapt is None:
-            frozen = {name for name, p in theta.items() if not p.requires_grad}
-            adapt = lambda name: name not in frozen  # noqa: E731
-        chosen = select([*initial, *head], adapt)
+        default = {*head, *(name for name, p in theta.items() if p.requires_grad)}
+        chosen = select({**names, WEIGHT: WEIGHT, BIAS: BIAS}, adapt, default)
         self._learn_rates({name: {**initial, **head}[name] for name in chosen})
 
     def _problem(
@@ -111,7 +109,8 @@ class TaskHeadLearner(GradientLearner):
         # gradient (`Higher`) would get the total derivative, through the start too, where a step takes the partial one.
         start = {name: everything[name].view_as(everything[name]) for name in self.adapted}
         fixed = {name: p for name, p in everything.items() if name not in start}
-        return self._support_loss, start, (fixed, data if self._embeds_each_step else h, y), fixed
+        context = {**fixed, **self._constants}, data if self._embeds_each_step else h, y
+        return self._support_loss, start, context, fixed
 
     @abstractmethod
     def _head_start(self, h: Tensor, member: Tensor) -> Params:
@@ -123,8 +122,10 @@ class TaskHeadLearner(GradientLearner):
         return _linear(h, params[WEIGHT], params[BIAS])
 
     def _support_loss(self, params: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
-        """The inner loss, given (the other parameters, data, y): the data as in `GradientLearner._context`, or the
-        embeddings where the inner steps do not change them."""
+        """The inner loss, given (the other parameters and buffers, data, y).
+
+        The data are as in `GradientLearner._context`, or the embeddings where the inner steps do not change them.
+        """
         fixed, data, y = context
         everything = {**fixed, **params}
         _, after = self._stages

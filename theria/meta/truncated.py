@@ -48,8 +48,7 @@ class Truncated(Adjoint):
         hyper: Hyper,
         steps: int,
     ) -> Params:
-        check_problem(params, optimiser)
-        inner_loss = second_order(inner_loss)
+        inner_loss = second_order(check_problem(inner_loss, params, optimiser, steps))
         early = max(steps - self.steps, 0)
         params, state = first_order_steps(inner_loss, params, context, optimiser, hyper, early)
         for _ in range(early, steps):

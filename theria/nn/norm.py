@@ -10,7 +10,7 @@ every mode and order, and as fast for small tokens.
 import torch
 from torch import Tensor, nn
 
-from theria.curvature.second_order import standardise
+from theria.curvature.norms import standardise
 
 
 class LayerNorm(nn.Module):

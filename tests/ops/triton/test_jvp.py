@@ -23,7 +23,7 @@ from tests.ops.triton.calls import (
 from theria.ops import blockwise, reference
 from theria.ops.operands import Tangents, batch_shape
 from theria.ops.triton.forward import forward
-from theria.ops.triton.jvp import jvp, jvp_and_stats
+from theria.ops.triton.jvp import jvp, jvp_before_hvp
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.row_stats import row_stats
 from theria.ops.triton.tiles import Tile, override
@@ -317,8 +317,9 @@ def test_row_statistics_of_the_hvp_are_those_of_their_own_kernel(given: str, til
     ops, o, lse, do, t, tdo = problem.ops, problem.o, problem.lse, problem.do, problem.t, problem.tdo
     tdo = tdo if "tdo" in given else None
     with override("jvp", tile):
-        to, tau, stats = jvp_and_stats(ops, o, lse, do, t, tdo, problem.spec)
-    assert stats is not None
+        to, tau, left = jvp_before_hvp(ops, o, lse, do, t, tdo, problem.spec)
+    assert left is not None
+    assert (stats := left.stats) is not None
     own = row_stats(Frame(ops, problem.spec, o=o, do=do, to=to, tdo=tdo), lse, tau)
     # on a device another program may order its additions differently
     assert stats.equal(own) if DEVICE == "cpu" else error(stats, own.double()) <= TOLERANCE[torch.float32]
@@ -326,5 +327,6 @@ def test_row_statistics_of_the_hvp_are_those_of_their_own_kernel(given: str, til
 
 def test_row_statistics_are_left_to_their_own_kernel_where_rows_are_padded() -> None:
     problem = make_problem((1, 1, 255, 20, 8, 12), torch.float32, False, DEVICE)
-    found = jvp_and_stats(problem.ops, problem.o, problem.lse, problem.do, problem.t, None, problem.spec)
-    assert found[2] is None
+    *_, left = jvp_before_hvp(problem.ops, problem.o, problem.lse, problem.do, problem.t, None, problem.spec)
+    assert left is not None
+    assert left.stats is None

@@ -16,10 +16,11 @@ pytest.importorskip("triton")
 from theria.ops import reference
 from theria.ops.operands import Operands, Tangents
 from theria.ops.triton.hvp import hvp
-from theria.ops.triton.jvp import jvp
+from theria.ops.triton.jvp import jvp, jvp_before_hvp
 from theria.ops.triton.jvp_jvp import GROUPS, OPERANDS
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.parts import SplitFrame, splits, with_parts
+from theria.testing.kernels import make_problem
 
 N, M, D = 40, 70, 16
 
@@ -89,6 +90,38 @@ def test_what_heads_share_is_split_once() -> None:
     assert isinstance(frame, SplitFrame)
     assert frame.parts["k"].shape == k.shape
     assert frame.parts["v"].shape == (1, 3, 1, M, D)
+
+
+@pytest.mark.parametrize("N", [256, 40])
+def test_operands_of_a_jvp_and_its_hvp_are_split_once(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem((1, 2, N, 70, 8, 12), torch.float32, False, DEVICE)
+    ops, o, lse, do, t, tdo, spec = (getattr(problem, x) for x in ("ops", "o", "lse", "do", "t", "tdo", "spec"))
+    shapes = ops.q.shape, ops.k.shape, ops.v.shape, None
+    to, tau = jvp(ops, o, lse, t, spec)
+    apart = (to, tau, *hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes))
+    to, tau, left = jvp_before_hvp(ops, o, lse, do, t, tdo, spec)
+    assert left is not None
+    assert isinstance(left.frame, SplitFrame)
+    assert left.frame.parts.keys() == {"q", "k", "v", "tq", "tk", "tv", "do", "tdo"}
+    monkeypatch.delattr(SplitFrame, "_new_parts")
+    together = (to, tau, *hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes, left))
+    for x, y in zip(together, apart, strict=True):
+        if x is None or y is None:
+            assert x is y
+            continue
+        assert torch.equal(x, y) if DEVICE == "cpu" else error(x, y.double()) <= TRITON_F32
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_is_not_that_of_the_parts(default: torch.dtype) -> None:
+    ops, spec = call(make(1, N, D), make(1, M, D), make(1, M, D))
+    torch.set_default_dtype(default)
+    try:
+        frame = with_parts(Frame(ops, spec), ("q", "k", "v"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert isinstance(frame, SplitFrame)
+    assert {x.dtype for x in (*frame.parts.values(), *frame.factors.values())} == {torch.float32}
 
 
 @pytest.fixture

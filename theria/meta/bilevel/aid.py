@@ -22,7 +22,7 @@ from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import InnerOptimiser, Params
 from theria.meta.solvers import CG, LinearSolver, Solution
 from theria.meta.solvers.base import check_solver
-from theria.meta.values import check_optimiser
+from theria.meta.values import check_optimiser, check_undecayed
 
 
 class Computed(NamedTuple):
@@ -66,6 +66,7 @@ class AID(Method):
     def __post_init__(self) -> None:
         check_steps(self.steps, least=0)
         check_optimiser("optimiser", self.optimiser)
+        check_undecayed(self, self.optimiser)
         check_solver("solver", self.solver)
 
     def evaluate(self, problem: BilevelProblem, outer: Tree, inner0: Tree, v0: Tree | None) -> Evaluation:

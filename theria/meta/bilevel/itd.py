@@ -15,10 +15,9 @@ from torch.utils import _pytree as pytree
 from theria.meta.adjoint import Adjoint, Unrolled
 from theria.meta.bilevel.problem import BilevelProblem, Evaluation, Method
 from theria.meta.bilevel.trees import Tree, norm
-from theria.meta.checks import check_steps
+from theria.meta.checks import check_inner, check_path, check_steps
 from theria.meta.constant import constant, plain_gradient
 from theria.meta.optimisers import InnerOptimiser, Params
-from theria.meta.values import check_optimiser, check_value
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,10 @@ class ITD(Method):
             for those of the optimiser itself.
 
     The start of the inner optimisation is differentiated as well, where it depends on the outer variable.
+
+    Raises:
+        ValueError: by `evaluate` with an implicit adjoint, for a start or learned quantities that are differentiated:
+            a minimum depends on neither. For weight decay with one, whose steps go elsewhere.
     """
 
     optimiser: InnerOptimiser
@@ -43,8 +46,7 @@ class ITD(Method):
 
     def __post_init__(self) -> None:
         check_steps(self.steps, least=0)
-        check_optimiser("optimiser", self.optimiser)
-        check_value("adjoint", self.adjoint, Adjoint, "an adjoint such as Unrolled() or MixedMode()")
+        check_inner(self.optimiser, self.adjoint, "optimiser")
 
     def evaluate(self, problem: BilevelProblem, outer: Tree, inner0: Tree, v0: Tree | None) -> Evaluation:
         if v0 is not None:
@@ -58,6 +60,7 @@ class ITD(Method):
             return problem.on(batch).g(pytree.tree_unflatten(list(params.values()), spec), outer)
 
         hyper = self.optimiser.hyper(params) if self.hyper is None else self.hyper(outer)
+        check_path(self.adjoint, inner0, hyper)
         context = (outer, problem.inner_batch)
         final = self.adjoint.solve(inner_loss, params, context, self.optimiser, hyper, self.steps)
         inner = pytree.tree_unflatten(list(final.values()), spec)

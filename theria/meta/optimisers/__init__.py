@@ -2,8 +2,8 @@
 
 What a step is, is a value: `SGD`, `Adam`, `AdamW`, `RMSprop`, `Lion`. Each agrees with `torch.optim` step by step,
 takes its rate as a number, a sequence or a function of the step, can learn it (`learn_lr`), and is differentiable in
-each hyperparameter that is given as a tensor (`hyper`). The shapes are in NOTE [shapes of hyperparameters],
-`hyperparameters.py`.
+each hyperparameter that is given as a tensor (`hyper`). Positional arguments are those of torch, in its order. The
+shapes are in NOTE [shapes of hyperparameters], `hyperparameters.py`.
 """
 
 from theria.meta.optimisers.adam import Adam, AdamW

@@ -1,6 +1,6 @@
 """Adam (Kingma and Ba 2015, arXiv 1412.6980) and AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -48,7 +48,7 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.0
     amsgrad: bool = False
-    learn_lr: bool | str = False
+    learn_lr: bool | str = field(default=False, kw_only=True)
 
     linear_in_gradient: ClassVar[bool] = False
 
@@ -83,7 +83,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 1e-2
     amsgrad: bool = False
-    learn_lr: bool | str = False
+    learn_lr: bool | str = field(default=False, kw_only=True)
 
     linear_in_gradient: ClassVar[bool] = False
 

@@ -1,6 +1,6 @@
 """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -42,7 +42,7 @@ class Lion:
     lr: Rate = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    learn_lr: bool | str = False
+    learn_lr: bool | str = field(default=False, kw_only=True)
 
     linear_in_gradient: ClassVar[bool] = True  # the derivative in g, 0 of p and 1 - b2 of m, is the same everywhere
 

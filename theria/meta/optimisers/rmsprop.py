@@ -1,6 +1,6 @@
 """RMSprop (Hinton 2012, lecture 6e of Neural Networks for Machine Learning)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -50,7 +50,7 @@ class RMSprop:
     weight_decay: float = 0.0
     momentum: float = 0.0
     centered: bool = False
-    learn_lr: bool | str = False
+    learn_lr: bool | str = field(default=False, kw_only=True)
 
     linear_in_gradient: ClassVar[bool] = False
 

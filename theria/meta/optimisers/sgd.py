@@ -1,6 +1,6 @@
 """Stochastic gradient descent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -28,11 +28,11 @@ class SGD:
     Args:
         lr: the rate: a number, a sequence with one for each step, or a function of the step.
         momentum: mu in [0, 1).
+        dampening: of the gradient that enters the buffer, in [0, 1); needs momentum.
+        weight_decay: decay, of the loss's gradient (L2).
         nesterov: look ahead along the buffer; needs momentum, and no dampening.
         learn_lr: learn the rates, from `lr`: True for one for each entry of each parameter, "tensor" for one for each
             parameter; with a sequence, for each step too. NOTE [shapes of hyperparameters] has the shapes.
-        weight_decay: decay, of the loss's gradient (L2).
-        dampening: of the gradient that enters the buffer, in [0, 1); needs momentum.
 
     `hyper` may give lr, weight_decay, and what construction has above 0 of momentum and dampening.
 
@@ -44,10 +44,10 @@ class SGD:
 
     lr: Rate
     momentum: float = 0.0
-    nesterov: bool = False
-    learn_lr: bool | str = False
-    weight_decay: float = 0.0
     dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    learn_lr: bool | str = field(default=False, kw_only=True)
 
     linear_in_gradient: ClassVar[bool] = True
 

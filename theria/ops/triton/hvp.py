@@ -13,9 +13,10 @@ from torch import Tensor
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents
 from theria.ops.triton.cotangents import cotangents
 from theria.ops.triton.dropout import drop, keep_factor
+from theria.ops.triton.jvp import Left
 from theria.ops.triton.launch import Frame
 from theria.ops.triton.masks import key_range, own_keys, own_rows, row_range
-from theria.ops.triton.parts import load_factors, with_parts
+from theria.ops.triton.parts import load_factors, reading, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import load_stats, row_stats
 from theria.ops.triton.row_sums import row_shares, with_shares
@@ -221,14 +222,15 @@ def hvp(
     tau: Tensor,
     spec: AttentionSpec,
     shapes: Shapes,
-    stats: Tensor | None = None,
+    left: Left | None = None,
 ) -> tuple[Tensor | None, ...]:
     """tdq, tdk, tdv, None; see :func:`theria.ops.reference.hvp`.
 
-    ``stats``: the packed row statistics, where the jvp has left them.
+    ``left``: by the jvp along the same direction.
     """
-    (do, tdo), factor = with_shares((do, tdo), row_shares(ops, lse, spec))
-    frame = Frame(ops, spec, factor=factor, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
-    if stats is None:
-        stats = row_stats(frame, lse, tau)
-    return cotangents("hvp", (hvp_dq_kernel, hvp_dkv_kernel), READS, with_parts(frame, READS), stats, shapes)
+    if left is None:
+        (do, tdo), factor = with_shares((do, tdo), row_shares(ops, lse, spec))
+        frame = Frame(ops, spec, factor=factor, o=o, do=do, tq=t.q, tk=t.k, tv=t.v, tdo=tdo, to=to)
+        left = Left(with_parts(frame, READS), None)
+    stats = row_stats(reading(left.frame, ()), lse, tau) if left.stats is None else left.stats
+    return cotangents("hvp", (hvp_dq_kernel, hvp_dkv_kernel), READS, left.frame, stats, shapes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +13,7 @@ from theria.ops.triton.dropout import drop, keep_factor
 from theria.ops.triton.forward_jvp import forward_jvp
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
-from theria.ops.triton.parts import factors, load_factors, with_parts
+from theria.ops.triton.parts import factors, load_factors, reading, with_parts
 from theria.ops.triton.products import left_operand, load_operand, score_product, weighted_sum
 from theria.ops.triton.row_stats import PADDING, new_stats, row_dot, store_stats
 from theria.ops.triton.shifts import shifted, tangent_shift, total
@@ -85,24 +87,37 @@ OPERANDS = ("q", "k", "v", "tq", "tk", "tv")
 NAMES = ("q", "k", "v", "mask", "seed", "o", "tq", "tk", "tv", "to", "do", "tdo")
 
 
+class Left(NamedTuple):
+    """What a jvp leaves to the hvp along the same direction.
+
+    Attributes:
+        frame: all tensors of both, and the parts of those that either multiplies.
+        stats: the packed row statistics; None where the rows of their padding would need programs of their own.
+    """
+
+    frame: Frame
+    stats: Tensor | None
+
+
 def jvp(ops: Operands, o: Tensor, lse: Tensor, t: Tangents, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """to, tau; see :func:`theria.ops.reference.jvp`."""
-    return jvp_and_stats(ops, o, lse, None, t, None, spec)[:2]
+    return jvp_before_hvp(ops, o, lse, None, t, None, spec)[:2]
 
 
-def jvp_and_stats(
+def jvp_before_hvp(
     ops: Operands, o: Tensor, lse: Tensor, do: Tensor | None, t: Tangents, tdo: Tensor | None, spec: AttentionSpec
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """to, tau, and the row statistics that the hvp along the same direction needs, which spares it a pass over rows.
+) -> tuple[Tensor, Tensor, Left | None]:
+    """to, tau, and what spares the hvp with ``do`` a pass over its rows and the parts of its operands.
 
-    They are None without ``do``, and where the rows of their padding would need programs of their own. With an additive
-    mask, too: lse does not make the rows of P add up to 1 then (:mod:`theria.ops.triton.row_sums`), and the kernel that
-    computes their sums beside the tangent takes the place of this one.
+    Nothing is left without ``do``, nor with an additive mask: lse does not make the rows of P add up to 1 then
+    (:mod:`theria.ops.triton.row_sums`), and the kernel that computes their sums beside the tangent takes the place of
+    this one.
     """
     if ops.additive:
         return *forward_jvp(ops, t, spec)[2:], None
-    frame = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v, do=do, tdo=tdo)
-    frame = with_parts(frame, OPERANDS)
+    whole = Frame(ops, spec, o=o, tq=t.q, tk=t.k, tv=t.v, do=do, tdo=tdo)
+    whole = with_parts(whole, OPERANDS if do is None else (*OPERANDS, "do", "tdo"))
+    frame = reading(whole, OPERANDS)
     stats = new_stats(frame, 4) if do is not None and frame.N % PADDING.value == 0 else None
     tile = select("jvp", frame)
     lse, tau = frame.rows(lse), frame.new_rows()
@@ -111,4 +126,4 @@ def jvp_and_stats(
     programs = -(-frame.N // tile.rows) * frame.heads
     of_rows, of_keys = factors(frame, "rows"), factors(frame, "keys")
     launch(jvp_kernel, programs, frame, (*tensors, lse, tau, stats, of_rows, of_keys, strides, call), static, tile)
-    return to, tau, stats
+    return to, tau, None if do is None else Left(whole, stats)

@@ -14,6 +14,7 @@ from torch import Size, Tensor
 
 from theria.ops.operands import AttentionSpec, Operands, Shapes, Tangents, batch_shape
 from theria.ops.triton.hvp import hvp
+from theria.ops.triton.jvp import Left
 from theria.ops.triton.launch import Frame, launch
 from theria.ops.triton.masks import key_range, own_rows
 from theria.ops.triton.products import left_operand, product, rounded, score_product
@@ -157,5 +158,5 @@ def jvp_hvp(
     tdq = frame.finish(tdq, shapes[0])
     if shapes[1] is None and shapes[2] is None:
         return to, tau, tdq, None, None, None
-    _, *of_keys = hvp(ops, o, lse, do, t, tdo, to, tau, spec, (None, *shapes[1:]), stats)
+    _, *of_keys = hvp(ops, o, lse, do, t, tdo, to, tau, spec, (None, *shapes[1:]), Left(frame, stats))
     return (to, tau, tdq, *of_keys)

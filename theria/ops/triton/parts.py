@@ -8,6 +8,7 @@ as many bytes as x: what second order adds to memory is the size of its operands
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 
@@ -110,7 +111,9 @@ class SplitFrame(Frame):
         made = [None if x is None else self._new_parts(x) for x in sources]
         self.parts |= {name: x for name, x in zip(names, made, strict=True) if x is not None}
         padded = -(-count // PADDING.value) * PADDING.value
-        factors = plans.allocated(torch.empty((*self.lead, padded, COUNT.value), device=self.device))
+        factors = plans.allocated(
+            torch.empty((*self.lead, padded, COUNT.value), dtype=torch.float32, device=self.device)
+        )
         # Sources and parts may merge their leading dimensions in different ways: here none are.
         row = [
             None if x is None else (*_steps(x, int(static.VEC)), getattr(strides, name)[-1])
@@ -127,7 +130,7 @@ class SplitFrame(Frame):
         """Uninitialised parts of a tensor; what is expanded is split once."""
         lead = [1 if step == 0 else size for size, step in zip(x.shape[:-2], x.stride()[:-2], strict=True)]
         columns = -(-x.shape[-1] // MULTIPLE.value) * MULTIPLE.value
-        return plans.allocated(torch.empty((*lead, x.shape[-2], columns), device=self.device))
+        return plans.allocated(torch.empty((*lead, x.shape[-2], columns), dtype=torch.float32, device=self.device))
 
     def describe(
         self, names: Sequence[str], tile: Tile, grouped: bool = False
@@ -165,6 +168,15 @@ def static_for(frame: Frame, static: Static) -> Static:
 def with_parts(frame: Frame, operands: Sequence[str], groups: Groups = GROUPS) -> Frame:
     """The frame to describe kernels with that load ``operands`` by ``load_operand``, and these alone."""
     return SplitFrame(frame, operands, groups) if splits(frame) and len(frame.lead) <= LEADING else frame
+
+
+def reading(frame: Frame, operands: Sequence[str]) -> Frame:
+    """The frame to describe a kernel with that loads fewer operands by ``load_operand`` than are split."""
+    if not isinstance(frame, SplitFrame):
+        return frame
+    fewer = copy(frame)
+    fewer.parts = {name: x for name, x in frame.parts.items() if name in operands}
+    return fewer
 
 
 def factors(frame: Frame, group: str) -> Tensor | None:

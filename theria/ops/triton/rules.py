@@ -249,5 +249,5 @@ def jvp_hvp(
         return short.jvp_hvp_short(ops, o, lse, do, t, tdo, spec, shapes)
     if dq is not None and jvp_dq_kernels.takes(ops, o, do, dq, shapes[0]):
         return jvp_dq_kernels.jvp_hvp(ops, o, lse, do, dq, t, tdo, spec, shapes)
-    to, tau, stats = jvp_kernels.jvp_and_stats(ops, o, lse, do, t, tdo, spec)
-    return (to, tau, *hvp_kernels.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes, stats))
+    to, tau, left = jvp_kernels.jvp_before_hvp(ops, o, lse, do, t, tdo, spec)
+    return (to, tau, *hvp_kernels.hvp(ops, o, lse, do, t, tdo, to, tau, spec, shapes, left))
