@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
-from theria.data.episodes import Episode
 from theria.meta.adjoint import Adjoint
 from theria.meta.implicit.frozen import differentiating
 from theria.meta.implicit_adjoint import Identity, Implicit
@@ -280,14 +279,16 @@ def check_support(x: Tensor, y: Tensor) -> None:
 def is_batched(episode: Any, batched: bool | None) -> bool:
     """Whether the tensors of an episode have a leading dimension of tasks.
 
-    Inferred when `batched` is None: an `Episode` of `theria.data` has them where its shapes allow it; targets of one
-    dimension are one task, and targets (T, S) several, of labels or numbers, wherever the shapes allow it. One task
-    with (S, C, ...) inputs, (S, C) targets and as many queries as supports reads as several: give `batched=False`
-    there. Tasks of scalar inputs, (T, S), read as one: give `batched=True`.
+    Inferred from the shapes when `batched` is None: targets of one dimension are one task; otherwise several tasks
+    wherever the shapes allow it. Where they allow both, which takes as many queries as supports, labels (T, S) and
+    vectors (T, S, k) are of several tasks: give `batched=False` for one task with (S, C, ...) inputs and (S, C) or
+    (S, C, k) targets; targets of more dimensions (images) raise. Tasks of scalar inputs, (T, S), read as one: give
+    `batched=True`.
 
     Raises:
         TypeError: for what is no episode.
-        ValueError: for shapes that do not fit together, and where targets of more dimensions fit both readings.
+        ValueError: for shapes that do not fit together, and for targets of four dimensions or more that fit both
+            readings.
     """
     try:
         sx, sy, qx, qy = (tuple(part.shape) for part in episode)
@@ -298,11 +299,11 @@ def is_batched(episode: Any, batched: bool | None) -> bool:
     one = _consistent(sx, sy, qx, qy, 0)
     many = len(sy) > 1 and sx[:1] == sy[:1] == qx[:1] == qy[:1] and _consistent(sx, sy, qx, qy, 1)
     if batched is None:
-        if one and many and len(sx) > 2 < len(sy) and not isinstance(episode, Episode):
+        if one and many and len(sx) > 2 and len(sy) > 3:
             raise ValueError(
                 f"episode shapes support_x {sx}, support_y {sy}, query_x {qx}, query_y {qy} are those of {sx[0]} tasks "
-                f"with {sx[1]} samples each, and of one task with {sx[0]} support and {qx[0]} query samples: give "
-                f"batched=True for several tasks, batched=False for one"
+                f"with {sx[1]} samples each, and of one task with {sx[0]} samples: give batched=True for several "
+                f"tasks, batched=False for one"
             )
         batched = len(sx) > 2 and many
     if not (many if batched else one):

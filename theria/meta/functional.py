@@ -52,7 +52,8 @@ def pure_function(module: nn.Module, batch_norm: str) -> Predictor:
                     out = functional_call(module, {**params, **buffers}, inputs)
             except RuntimeError as error:
                 # What vmap says of an in-place update of something that is not mapped over.
-                if buffers and any(s in str(error) for s in ("vmap: inplace", "doesn't match the broadcast shape")):
+                written = any(s in str(error) for s in ("vmap: inplace", "doesn't match the broadcast shape"))
+                if buffers and written and _recurrent(module) is None:
                     raise RuntimeError(_written(", ".join(buffers))) from error
                 raise
         for name, copy in buffers.items():
@@ -151,6 +152,36 @@ def in_full(function: Callable[..., T]) -> Callable[..., T]:
             return function(*whole)
 
     return run
+
+
+@contextmanager
+def recurrence(module: nn.Module | None) -> Iterator[None]:
+    """Say what to do where PyTorch has no rule for a fused recurrent layer of the module.
+
+    Under `vmap` they write in place into a state that is not mapped over, or have no rule at all; that of an LSTM in
+    float32 on a CPU has no derivative in `torch.func.vjp` (PyTorch 2.13).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        layer, said = None if module is None else _recurrent(module), str(error)
+        if layer is not None and any(part in said for part in _NO_RULE):
+            raise RuntimeError(
+                f"the model has an nn.{layer}, whose fused kernel PyTorch can neither run on several tasks at a time "
+                f"(torch.func.vmap) nor, of an LSTM in float32 on a CPU, differentiate here: {said.splitlines()[0]}. "
+                f"Give the tasks one by one (batched=False; the LSTM in float64, or under "
+                f"torch.backends.mkldnn.flags(enabled=False)), or write the recurrence with nn.Linear"
+            ) from error
+        raise
+
+
+_NO_RULE = ("doesn't match the broadcast shape", "vmap: inplace", "Batching rule not implemented", "'workspace'")
+
+
+def _recurrent(module: nn.Module) -> str | None:
+    """The class of the first fused recurrent layer or cell."""
+    kinds = nn.RNNBase, nn.RNNCellBase
+    return next((type(layer).__name__ for layer in module.modules() if isinstance(layer, kinds)), None)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from theria.meta.functional import (
     first_names,
     has_stages,
     pure_function,
+    recurrence,
     stages,
 )
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
@@ -192,11 +193,13 @@ class Learner(nn.Module, ABC):
 
     def _over_tasks(self, function: Callable[..., Tensor], episode: Any, batched: bool | None) -> Tensor:
         """`function` of one task on each task: stacked under a leading T, or of the one task there is."""
-        if not is_batched(episode, batched):
-            return function(*episode)
-        if not self._vmappable:
-            return torch.stack([function(*task) for task in zip(*episode, strict=True)])
-        return torch.func.vmap(function, chunk_size=self.chunk_size, randomness=self.randomness)(*episode)
+        several = is_batched(episode, batched)
+        with recurrence(None if self._pure is not None else self.model):
+            if not several:
+                return function(*episode)
+            if not self._vmappable:
+                return torch.stack([function(*task) for task in zip(*episode, strict=True)])
+            return torch.func.vmap(function, chunk_size=self.chunk_size, randomness=self.randomness)(*episode)
 
     @property
     def _vmappable(self) -> bool:

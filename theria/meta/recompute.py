@@ -8,7 +8,8 @@ too, so that recomputation is closed under differentiation:
 and each of the two has a backward and a jvp of the same form. Only x (and y', x') is kept, at every order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         needed = tuple(ctx.needs_input_grad[1:])
-        gradients = iter(recompute(_Pull(ctx.function, needed), *tensors, *cotangents))
+        with _nested():
+            gradients = iter(recompute(_Pull(ctx.function, needed), *tensors, *cotangents))
         return None, *(next(gradients) if need else None for need in needed)
 
     @staticmethod
@@ -61,6 +63,21 @@ class _Recompute(torch.autograd.Function):
         tensors, tangents = ctx.saved_tensors, tangents[1:]  # the function has none
         moving = tuple(tangent is not None for tangent in tangents)
         return recompute(_Push(ctx.function, moving), *tensors, *(t for t in tangents if t is not None))
+
+
+@contextmanager
+def _nested() -> Iterator[None]:
+    """Say what it means that functorch gives up inside."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "INTERNAL ASSERT" in str(error) and "functorch" in str(error):
+            raise NotImplementedError(
+                "the inner loss has an implicit derivative (DeepEquilibrium, root, argmin, ..), and PyTorch cannot run "
+                "it again in a backward of tasks under torch.func.vmap: use adjoint=MixedMode(), Unrolled() without "
+                "checkpoint_every, or give the tasks one by one (batched=False)"
+            ) from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def look(
         found.append(Finding(Fault.wrong_hessian, checks.hessian))
     if not checks.cross <= eps**0.25:
         found.append(Finding(Fault.wrong_cross_derivative, checks.cross))
-    zero = eps**0.75 * max(abs(constants.mu), abs(constants.L))
+    zero = constants.zero(eps)
     if constants.mu < -zero:  # a Rayleigh quotient: some eigenvalue is at most this
         found.append(Finding(Fault.negative_curvature, constants.mu))
     elif constants.mu - constants.mu_error <= zero:

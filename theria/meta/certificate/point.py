@@ -67,7 +67,7 @@ class Point:
         """Infinite where the curvature may be zero or negative."""
         formula, residual, inner = norm(self.p - self.lagrangian[1]), norm(self.lagrangian[0]), norm(self.gradient)
         mu = c.mu - c.mu_error
-        if mu <= 0:
+        if mu <= c.zero(torch.finfo(self.z.dtype).eps):
             return Terms(formula, math.inf, math.inf)
         return Terms(formula, c.cross * residual / mu, (c.outer_change + c.cross * c.inner_change / mu) * inner / mu)
 

@@ -97,6 +97,10 @@ class Constants(NamedTuple):
     inner_change: float
     outer_change: float
 
+    def zero(self, eps: float) -> float:
+        """What rounding may make of an eigenvalue of 0."""
+        return eps**0.75 * max(abs(self.mu), abs(self.L))
+
 
 class Checks(NamedTuple):
     """Relative errors of the derivatives themselves, each along random directions.
