@@ -70,6 +70,8 @@ class Unrolled(Adjoint):
     Raises:
         ValueError: for a `checkpoint_every` below 1; with it, when the inner loss or the optimiser reads a tensor
             that is differentiated and not an argument.
+        RuntimeError: with it, by a derivative, when a tensor that they read and that is no argument was written since.
+        NotImplementedError: with it, by the backward of several tasks whose loss has an implicit derivative.
     """
 
     checkpoint_every: int | None = None

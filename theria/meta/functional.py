@@ -169,8 +169,7 @@ def recurrence(module: nn.Module | None) -> Iterator[None]:
             raise RuntimeError(
                 f"the model has an nn.{layer}, whose fused kernel PyTorch can neither run on several tasks at a time "
                 f"(torch.func.vmap) nor, of an LSTM in float32 on a CPU, differentiate here: {said.splitlines()[0]}. "
-                f"Give the tasks one by one (batched=False; the LSTM in float64, or under "
-                f"torch.backends.mkldnn.flags(enabled=False)), or write the recurrence with nn.Linear"
+                f"Give the tasks one by one (batched=False), an LSTM in float64, or write the recurrence with nn.Linear"
             ) from error
         raise
 

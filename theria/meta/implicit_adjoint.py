@@ -49,7 +49,8 @@ class Implicit(Adjoint):
 
     Raises:
         ValueError: for an inner loss that reads a tensor that is being differentiated and is not an argument, or that
-            draws random numbers.
+            draws random numbers; for weight decay, whose steps end at another function's minimum.
+        RuntimeError: by the derivative, when a tensor that the loss reads and that is no argument was written since.
         SolverError: with `throw`, in the forward pass for the tolerance, in the derivative for the linear solve.
     """
 

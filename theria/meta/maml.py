@@ -27,8 +27,9 @@ class MAML(GradientLearner):
         adjoint: how the inner solution is differentiated: `Unrolled()`, `MixedMode()`, `FirstOrder()`, `Higher()`, ...
             Implicit ones have no derivative in the initialisation: see `IMAML`.
         adapt: which parameters the inner loop changes: None for all that require grad, a predicate on names, or
-            names of parameters or modules. The others are meta-learned only. A module whose `forward(x)` is
-            `after_stem(stem(x))` and says so by these names runs its stem once a task where nothing of it is adapted.
+            names of parameters or modules; one that modules share has all its names. The others are meta-learned
+            only. A module whose `forward(x)` is `after_stem(stem(x))` and says so by these names runs its stem once a
+            task where nothing of it is adapted.
         params: the initial parameters of a pure function, by name; an `nn.Parameter` stays the same object, and frozen
             (requires_grad=False) if it is.
         chunk_size: how many tasks run at a time under `vmap`; None for all.

@@ -53,6 +53,8 @@ class MixedMode(Adjoint):
         NotImplementedError: when its gradient is differentiated again, or differentiated in forward mode.
         ValueError: when the inner loss or the optimiser reads a tensor that is differentiated or mapped over and not
             an argument; for a `checkpoint_every` below 1.
+        RuntimeError: by the backward, when a tensor that the inner loss reads and that is no argument was written
+            since. A module that it reads runs in the mode that it was in.
     """
 
     checkpoint_every: int | None = None

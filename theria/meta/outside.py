@@ -34,7 +34,7 @@ class Outside:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A run, whose reads are kept. What it writes itself is no matter: then it does so each time."""
+        """A run, whose reads are kept."""
         with _Reads() as reads:
             yield
         for module, _ in self._modes:
@@ -44,9 +44,7 @@ class Outside:
                 for name, buffer in buffers.items():
                     reads.add(buffer)
                     self._places.append((module, name, weakref.ref(buffer)))
-        for x, version in reads.alive():
-            if x._version == version:
-                self._versions.append((weakref.ref(x), version))
+        self._versions += [(weakref.ref(x), x._version) for x in reads.alive()]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -83,11 +81,11 @@ class Outside:
 
 
 class _Reads(TorchFunctionMode):
-    """Collects the tensors that operations are given, with the version that each has when it is first seen."""
+    """Collects the tensors that operations are given."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._seen: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -102,16 +100,16 @@ class _Reads(TorchFunctionMode):
     def add(self, x: Tensor) -> None:
         """It is read now."""
         if not (self.has(x) or x.is_inference() or _functorch.is_functorch_wrapped_tensor(x)):
-            self._seen[id(x)] = weakref.ref(x), x._version
+            self._seen[id(x)] = weakref.ref(x)
 
     def has(self, x: Tensor) -> bool:
         """Whether it was read."""
         known = self._seen.get(id(x))
-        return known is not None and known[0]() is x
+        return known is not None and known() is x
 
-    def alive(self) -> Iterator[tuple[Tensor, int]]:
+    def alive(self) -> Iterator[Tensor]:
         """Those that something outside still holds."""
-        return ((x, version) for ref, version in self._seen.values() if (x := ref()) is not None)
+        return (x for ref in self._seen.values() if (x := ref()) is not None)
 
 
 def _modules(function: Callable[..., Any]) -> Iterator[nn.Module]:
