@@ -103,7 +103,7 @@ class _Cycle:
 
         above = self.inverse @ column[:j]
         inverse = torch.cat([-above, torch.ones_like(column[:1])]) / nonzero(diagonal)  # R^-1 e_j
-        tiny = 16 * epsilon(w) * self.scale
+        tiny = 64 * epsilon(w) * self.scale  # of a null vector, its own rounding and that of the product: 33 were seen
         # |R R^-1 e_j| = 1: with |R^-1 e_j| >= 1 / tiny the new dimension adds nothing, A is singular on the space.
         singular = (diagonal <= tiny) | (norm(inverse) * tiny >= 1)
 
