@@ -9,10 +9,7 @@ from collections.abc import Sequence
 
 # Hydra makes a directory in every process, and its name has the time in it: the others' is the current one, which they
 # leave as it is. The run's directory is that of the first.
-OTHERS = ("hydra.run.dir=.", "hydra.output_subdir=null")
-# Hydra would write its copy of the configuration before the run is known to be allowed there. config.yaml and run.json
-# of the run say the same.
-UNWRITTEN = "hydra.output_subdir=null"
+OTHERS = "hydra.run.dir=."
 
 
 def size() -> int:
@@ -33,13 +30,13 @@ def is_queued() -> bool:
 def quiet_others() -> None:
     """Before Hydra reads the command line: only the first process may write."""
     if is_other():
-        sys.argv += OTHERS
+        sys.argv.append(OTHERS)
 
 
 def arranged(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra's parser needs them, options before settings, and UNWRITTEN, which others may replace."""
+    """The arguments as Hydra's parser needs them, options before settings."""
     settings = [item for item in arguments if item[:1] != "-" and ("=" in item or item[:1] == "~")]
-    return [*(item for item in arguments if item not in settings), UNWRITTEN, *settings]
+    return [*(item for item in arguments if item not in settings), *settings]
 
 
 def command(module: str) -> list[str]:

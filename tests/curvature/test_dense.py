@@ -4,12 +4,14 @@ The truth of a second derivative is reverse over reverse of PyTorch's own, which
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 
+from theria.curvature import hvp
 from theria.curvature.second_order import second_order
 from theria.meta import R2D2, SGD, Implicit, root
 
@@ -102,6 +104,28 @@ def test_what_does_not_fit_is_left_to_torch() -> None:
     assert second_order(torch.linalg.det)(torch.zeros(2, 2)) == 0
     z = torch.eye(2, dtype=torch.complex128)
     assert second_order(torch.linalg.slogdet)(z)[0].is_complex()
+
+
+@pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_reverse", "reverse_over_forward"])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda K, y: y @ torch.cholesky_inverse(torch.linalg.cholesky(K)) @ y,
+        lambda K, y: y @ torch.linalg.solve_ex(K, y)[0],
+        lambda K, y: y @ torch.linalg.tensorsolve(K, y),
+    ],
+    ids=["cholesky_inverse", "solve_ex", "tensorsolve"],
+)
+def test_relatives_of_solve_have_the_second_derivative_of_the_inverse(f: Any, mode: str) -> None:
+    torch.manual_seed(0)
+    B, y, p, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 4), (4,), (2,), (2,)))
+
+    def kernel(p: Tensor) -> Tensor:
+        return B @ B.T * p[0].exp() + torch.eye(4, dtype=torch.float64) * p[1].exp()
+
+    truth: Any = torch.autograd.functional.hvp(lambda p: y @ torch.linalg.inv(kernel(p)) @ y, p, v)[1]
+    product = hvp(lambda p: f(kernel(p), y), p, v, mode=mode)  # type: ignore[arg-type]
+    assert torch.allclose(product, truth, rtol=1e-9)
 
 
 def test_an_equation_with_a_solve_in_it() -> None:

@@ -255,3 +255,13 @@ def test_batched_learners_under_autocast(norm, batch_norm, adjoint, half):
     torch.stack(losses).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert (actual - expected).norm() < 12 * HALF[half] * expected.norm()  # a few layers and steps, each rounding
+
+
+def test_a_product_with_a_number_keeps_the_dtype_of_a_tensor_without_dimension():
+    x = torch.tensor(0.3)
+    product = hvp(lambda p: (0.5 * p["x"].exp() * p["z"].square().sum()), {"x": x, "z": torch.ones(2)},
+                         {"x": torch.ones(()), "z": torch.ones(2)})  # fmt: skip
+    assert {v.dtype for v in product.values()} == {torch.float32}
+    # f = e^x |z|²/2: f_xx + f_xz·1 = e^x (1 + 2), f_zx + f_zz = e^x (1 + 1)
+    assert torch.allclose(product["x"], 3 * x.exp())
+    assert torch.allclose(product["z"], 2 * x.exp() * torch.ones(2))

@@ -170,4 +170,4 @@ def test_a_run_of_a_search_is_resumed_without_the_search():
 def test_options_come_before_settings():
     given = ["seed=0,1", "--config-name", "train", "a.b=1", "--multirun", "~debug", "hydra.output_subdir=mine"]
     options, settings = given[1:3] + given[4:5], [given[0], given[3], *given[5:]]
-    assert launch.arranged(given) == [*options, launch.UNWRITTEN, *settings]
+    assert launch.arranged(given) == [*options, *settings]

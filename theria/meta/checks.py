@@ -17,7 +17,6 @@ from theria.meta.levels import carries_derivative
 from theria.meta.solvers import Result, SolverError
 from theria.meta.solvers.loop import readable
 from theria.meta.values import check_optimiser, check_undecayed, check_value
-from theria.meta.values import check_steps as check_steps
 
 Adapt = Callable[[str], bool] | str | Sequence[str] | None
 

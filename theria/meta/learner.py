@@ -21,7 +21,6 @@ from theria.meta.checks import (
     check_loss_fn,
     check_no_steps,
     check_rates,
-    check_steps,
     check_support,
     check_tasks,
     is_batched,
@@ -40,7 +39,7 @@ from theria.meta.functional import (
 )
 from theria.meta.optimisers import Hyper, InnerOptimiser, Params
 from theria.meta.trajectory import trajectory
-from theria.meta.values import check_scalar
+from theria.meta.values import check_scalar, check_steps
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 

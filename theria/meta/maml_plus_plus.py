@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from theria.meta.adjoint import Adjoint, Context, FirstOrder, InnerLoss, Unrolled
-from theria.meta.checks import Adapt, check_epochs, check_start, check_steps, check_weights
+from theria.meta.checks import Adapt, check_epochs, check_start, check_weights
 from theria.meta.functional import Predictor
 from theria.meta.learner import GradientLearner, LossFn
 from theria.meta.optimisers import SGD, InnerOptimiser, Params
+from theria.meta.values import check_steps
 
 
 class MAMLPlusPlus(GradientLearner):

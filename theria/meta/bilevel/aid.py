@@ -17,12 +17,11 @@ from theria.curvature.hvp import Mode, hvp
 from theria.meta.bilevel.directions import inner_terms
 from theria.meta.bilevel.problem import BilevelProblem, Evaluation, Method
 from theria.meta.bilevel.trees import Tree, add, norm, scaled, zeros_like
-from theria.meta.checks import check_steps
 from theria.meta.constant import plain_gradient
 from theria.meta.optimisers import InnerOptimiser, Params
 from theria.meta.solvers import CG, LinearSolver, Solution
 from theria.meta.solvers.base import check_solver
-from theria.meta.values import check_optimiser, check_undecayed
+from theria.meta.values import check_optimiser, check_steps, check_undecayed
 
 
 class Computed(NamedTuple):

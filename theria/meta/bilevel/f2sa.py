@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from theria.meta.bilevel.directions import Rate, check_rates, outer_terms, rate_at
 from theria.meta.bilevel.problem import BilevelProblem
 from theria.meta.bilevel.trees import Tree, add, copied, descend, scaled, subtract
-from theria.meta.checks import check_steps
 from theria.meta.constant import plain_gradient
+from theria.meta.values import check_steps
 
 
 class F2SAState(NamedTuple):

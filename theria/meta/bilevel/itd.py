@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from theria.meta.adjoint import Adjoint, Unrolled
 from theria.meta.bilevel.problem import BilevelProblem, Evaluation, Method
 from theria.meta.bilevel.trees import Tree, norm
-from theria.meta.checks import check_inner, check_path, check_steps
+from theria.meta.checks import check_inner, check_path
 from theria.meta.constant import constant, plain_gradient
 from theria.meta.optimisers import InnerOptimiser, Params
+from theria.meta.values import check_steps
 
 
 @dataclass(frozen=True)
